@@ -1,0 +1,1 @@
+"""vnet-lock: an SR-IOV virtual function is never used by two guests."""

@@ -1,0 +1,82 @@
+"""What a claim remembers so that it can be undone: what was there before, and what was made.
+
+Values and their JSON form only; carrying an undo out is undo.py's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class VfAdmin:
+    """A VF's administrative settings before, as its PF had them; None where the driver has no such thing.
+
+    ``pf`` is the PF's PCI address, rates are in Mbit/s (0: no limit).
+    """
+
+    pf: str
+    index: int
+    mac: str
+    vlan: int
+    qos: int
+    spoofchk: bool | None = None
+    trust: bool | None = None
+    link_state: int | None = None
+    min_tx_rate_mbps: int = 0
+    max_tx_rate_mbps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A network device's own settings before; ``device`` is its PCI address, or its name if it has none."""
+
+    device: str
+    mac: str
+    mtu: int
+    up: bool
+    allmulticast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """The driver a PCI function had, and its driver_override; None for none."""
+
+    pci: str
+    driver: str | None
+    override: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MadeLink:
+    """A link that is made for the guest, under a name that no other has; ``final`` is what it is renamed to.
+
+    The link carries ``alias`` (its ifalias): only a link with that alias, or with the first name, is ours.
+    """
+
+    name: str
+    final: str
+    alias: str
+
+
+Entry = VfAdmin | Link | Driver | MadeLink
+_KINDS: dict[str, type[Entry]] = {
+    "vf-admin": VfAdmin,
+    "link": Link,
+    "driver": Driver,
+    "made-link": MadeLink,
+}
+_NAMES = {cls: name for name, cls in _KINDS.items()}
+
+
+def to_json(entry: Entry) -> dict[str, Any]:
+    """The entry as a JSON object, its kind under ``kind``."""
+    return {"kind": _NAMES[type(entry)], **asdict(entry)}
+
+
+def from_json(value: dict[str, Any]) -> Entry:
+    """The entry back; ValueError, KeyError or TypeError where it is none."""
+    cls = _KINDS[value["kind"]]
+    known = {field.name for field in fields(cls)}
+    return cls(**{name: item for name, item in value.items() if name in known})

@@ -1,0 +1,446 @@
+"""The words of the domain: addresses, devices, owners, claims, requests and plans. Values only."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vnet_lock.combination import Backend, Combination, Policy, Port
+from vnet_lock.journal import Entry
+
+_PCI = re.compile(r"(?:([0-9a-fA-F]{1,8}):)?([0-9a-fA-F]{1,2}):([0-9a-fA-F]{1,2})\.([0-7])")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PciAddress:
+    """A PCI function: ``PciAddress.parse("af:06.0").text == "0000:af:06.0"``."""
+
+    domain: int
+    bus: int
+    device: int
+    function: int
+
+    @classmethod
+    def parse(cls, text: str) -> PciAddress:
+        """Take ``[DDDD:]BB:DD.F`` in hexadecimal; ValueError otherwise."""
+        match = _PCI.fullmatch(text)
+        if not match or int(match[3], 16) > 0x1F:
+            raise ValueError(f"{text!r} is not a PCI address (like 0000:af:06.0)")
+        return cls(int(match[1] or "0", 16), int(match[2], 16), int(match[3], 16), int(match[4]))
+
+    @property
+    def text(self) -> str:
+        """As the kernel and libvirt write it."""
+        return f"{self.domain:04x}:{self.bus:02x}:{self.device:02x}.{self.function}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+# --- what is claimed, and by whom ---------------------------------------------------------------
+
+
+class ResourceKind(StrEnum):
+    """What a claim can be about."""
+
+    VF = "vf"
+    PF = "pf"  # any physical network function, with SR-IOV or without
+    NIC = "nic"  # a network device with no PCI function of its own: bond, bridge, VLAN, veth
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Resource:
+    """``vf:0000:01:10.0``, ``pf:0000:01:00.0`` or ``nic:bond0``."""
+
+    kind: ResourceKind
+    name: str
+
+    @classmethod
+    def vf(cls, pci: PciAddress) -> Resource:
+        """The VF at this address."""
+        return cls(ResourceKind.VF, pci.text)
+
+    @classmethod
+    def pf(cls, pci: PciAddress) -> Resource:
+        """The PF (or other network function) at this address."""
+        return cls(ResourceKind.PF, pci.text)
+
+    @classmethod
+    def nic(cls, netdev: str) -> Resource:
+        """A device that only has a name."""
+        return cls(ResourceKind.NIC, netdev)
+
+    @classmethod
+    def parse(cls, text: str) -> Resource:
+        """ValueError where the text is no resource."""
+        kind, colon, name = text.partition(":")
+        if not colon or kind not in tuple(ResourceKind):
+            raise ValueError(f"{text!r} is no resource (like vf:0000:af:06.0, pf:0000:af:00.0, nic:bond0)")
+        if kind == ResourceKind.NIC:
+            if not is_ifname(name):
+                raise ValueError(f"{name!r} is not the name of a network device")
+        else:
+            name = PciAddress.parse(name).text
+        return cls(ResourceKind(kind), name)
+
+    @property
+    def pci(self) -> PciAddress | None:
+        """The PCI address; None for a nic."""
+        return None if self.kind is ResourceKind.NIC else PciAddress.parse(self.name)
+
+    @property
+    def text(self) -> str:
+        """As users and claim records write it."""
+        return f"{self.kind}:{self.name}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def is_ifname(text: str) -> bool:
+    """Whether the kernel takes this as a device's name (dev_valid_name, net/core/dev.c)."""
+    return 0 < len(text.encode()) < 16 and text not in (".", "..") and not re.search(r"[/:\s\0]", text)
+
+
+class Mode(StrEnum):
+    """How a resource is claimed."""
+
+    EXCLUSIVE = "exclusive"
+    SHARED = "shared"
+
+
+class State(StrEnum):
+    """What a claim record says of itself; what an audit finds on top is never stored."""
+
+    RESERVED = "reserved"
+    ACTIVE = "active"
+    RELEASING = "releasing"
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A process that cannot be mistaken for a later one with its pid.
+
+    ``start_ticks`` is field 22 of /proc/PID/stat (proc(5)): clock ticks after boot.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+class OwnerKind(StrEnum):
+    """What lives as long as the guest."""
+
+    LIBVIRT = "libvirt"
+    QEMU = "qemu"
+    PROCESS = "process"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """The thing that lives as long as the guest, never the hook or the helper.
+
+    ``process`` is the guest's process; for libvirt it is the daemon that is starting the guest, and
+    ``pid_file`` is libvirt's own, whose lock the guest's QEMU holds for its life.
+    """
+
+    kind: OwnerKind
+    name: str
+    boot_id: str
+    uuid: str | None = None
+    process: Process | None = None
+    pid_file: str | None = None
+
+    def is_same_guest(self, other: Owner) -> bool:
+        """Whether a claim of one is no conflict for the other."""
+        if self.boot_id != other.boot_id or self.kind is not other.kind:
+            return False
+        if self.kind is OwnerKind.LIBVIRT:
+            return self.uuid == other.uuid
+        return self.process == other.process
+
+    @property
+    def text(self) -> str:
+        """In words: ``guest "web1"``, ``qemu "vm2" (pid 77)``."""
+        noun = "guest" if self.kind is OwnerKind.LIBVIRT else str(self.kind)
+        pid = f" (pid {self.process.pid})" if self.process and self.kind is not OwnerKind.LIBVIRT else ""
+        return f'{noun} "{self.name}"{pid}'
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One resource that a request needs, and how; ``pf`` is the PF of a VF."""
+
+    resource: Resource
+    mode: Mode
+    pf: PciAddress | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One record of the claim table.
+
+    All claims that one interface needed share ``token``; the journal stands in the first of them.
+    ``interface`` is the alias or netdev id for which it was made, ``since`` is seconds of the epoch.
+    ``worker`` is the process that is changing things while the state is reserved or releasing.
+    """
+
+    resource: Resource
+    mode: Mode
+    state: State
+    owner: Owner
+    token: str
+    interface: str
+    since: float
+    combination: str | None = None
+    pf: PciAddress | None = None
+    worker: Process | None = None
+    journal: tuple[Entry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Damaged:
+    """A claim record that cannot be trusted or read: what it is about counts as held."""
+
+    path: str
+    reason: str
+    resource: Resource | None
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The claim table at one moment."""
+
+    records: tuple[Claim, ...] = ()
+    damaged: tuple[Damaged, ...] = ()
+
+    def on(self, resource: Resource) -> tuple[Claim, ...]:
+        """The claims on one resource."""
+        return tuple(claim for claim in self.records if claim.resource == resource)
+
+    def of(self, owner: Owner) -> tuple[Claim, ...]:
+        """The claims of one guest."""
+        return tuple(claim for claim in self.records if claim.owner.is_same_guest(owner))
+
+    def with_token(self, token: str) -> tuple[Claim, ...]:
+        """The claims made for one interface."""
+        return tuple(claim for claim in self.records if claim.token == token)
+
+
+# --- what there is ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """Somebody who uses a device, claimed or not: ``how`` names the evidence in a few words."""
+
+    pid: int | None
+    command: str
+    how: str
+
+    @property
+    def text(self) -> str:
+        """In words, for a message."""
+        who = f"{self.command} (pid {self.pid})" if self.pid else self.command
+        return f"{who}: {self.how}" if who else self.how
+
+
+@dataclass(frozen=True, slots=True)
+class Vf:
+    """A virtual function; ``netdev`` is None while it has none in this network namespace."""
+
+    pci: PciAddress
+    pf: PciAddress
+    index: int
+    netdev: str | None
+    driver: str | None
+    iommu_group: int | None
+
+    @property
+    def resource(self) -> Resource:
+        """What a claim on it is about."""
+        return Resource.vf(self.pci)
+
+
+@dataclass(frozen=True, slots=True)
+class Pf:
+    """A physical network function; ``totalvfs`` is 0 where it has no SR-IOV.
+
+    ``eswitch`` is ``veb`` or ``vepa``, None where the driver doesn't tell.
+    """
+
+    pci: PciAddress
+    netdev: str | None
+    driver: str | None
+    iommu_group: int | None
+    numvfs: int
+    totalvfs: int
+    eswitch: str | None = None
+    vfs: tuple[Vf, ...] = ()
+
+    @property
+    def resource(self) -> Resource:
+        """What a claim on it is about."""
+        return Resource.pf(self.pci)
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """A network device of this network namespace, with a PCI function or without.
+
+    ``kind`` is what sysfs tells: ``physical``, ``bridge``, ``bond``, ``vlan``, ``macvtap``, ``macvlan``,
+    ``tun`` or ``other``. ``lowers`` and ``uppers`` are names of devices directly below and above.
+    """
+
+    netdev: str
+    ifindex: int
+    kind: str
+    mac: str
+    mtu: int
+    up: bool
+    pci: PciAddress | None = None
+    master: str | None = None
+    lowers: tuple[str, ...] = ()
+    uppers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Inventory:
+    """The network devices of this host at one moment, and who uses them.
+
+    ``users`` has an entry for each resource in use as far as the kernel tells, whoever uses it;
+    ``iommu_groups`` has all PCI functions of each group that a network function is in.
+    """
+
+    pfs: tuple[Pf, ...] = ()
+    nics: tuple[Nic, ...] = ()
+    users: Mapping[Resource, tuple[User, ...]] = field(default_factory=dict)
+    iommu_groups: Mapping[int, tuple[PciAddress, ...]] = field(default_factory=dict)
+
+    def vfs(self) -> Iterator[Vf]:
+        """All VFs of all PFs."""
+        for pf in self.pfs:
+            yield from pf.vfs
+
+    def pf_at(self, pci: PciAddress) -> Pf | None:
+        """The PF at an address."""
+        return next((pf for pf in self.pfs if pf.pci == pci), None)
+
+    def vf_at(self, pci: PciAddress) -> Vf | None:
+        """The VF at an address."""
+        return next((vf for vf in self.vfs() if vf.pci == pci), None)
+
+    def nic_named(self, netdev: str) -> Nic | None:
+        """The network device with a name."""
+        return next((nic for nic in self.nics if nic.netdev == netdev), None)
+
+    def resource_of(self, nic: Nic) -> Resource:
+        """What a claim on a network device is about."""
+        if nic.pci is None:
+            return Resource.nic(nic.netdev)
+        return Resource.vf(nic.pci) if self.vf_at(nic.pci) else Resource.pf(nic.pci)
+
+    def users_of(self, resource: Resource) -> tuple[User, ...]:
+        """Who uses a resource."""
+        return self.users.get(resource, ())
+
+
+# --- what is asked for, and what is to be done --------------------------------------------------
+
+
+class Form(StrEnum):
+    """How libvirt itself will use a device that its domain XML names."""
+
+    HOSTDEV = "hostdev"
+    PASSTHRU = "passthru"
+    VEPA = "vepa"
+    PRIVATE = "private"
+    BRIDGE = "bridge"
+
+
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    """A device that the guest names and somebody else (libvirt) opens: to be claimed, not touched."""
+
+    interface: str
+    device: PciAddress | str
+    form: Form
+
+
+@dataclass(frozen=True, slots=True)
+class Intent:
+    """What a guest's interface wants; all that is not said is ours to choose.
+
+    ``dev`` names a network device or a PCI address (of a PF, or of the very VF that is wanted).
+    ``ports`` and ``backends`` are in order of preference, empty means the usual order.
+    ``ifname`` is the name that a macvtap or tap is to have.
+    """
+
+    interface: str
+    policy: Policy
+    dev: str
+    ports: tuple[Port, ...] = ()
+    backends: tuple[Backend, ...] = ()
+    mac: str | None = None
+    vlan: int | None = None
+    queues: int = 1
+    ifname: str | None = None
+
+
+Request = Fixed | Intent
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A candidate that was passed over, and why."""
+
+    candidate: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What one request gets: a combination on a device, and the claims that it takes.
+
+    ``combination`` is None where libvirt uses the device in a way that is none of ours.
+    ``wanted[0]`` is the device itself.
+    """
+
+    request: Request
+    combination: Combination | None
+    wanted: tuple[Wanted, ...]
+    rejected: tuple[Rejection, ...] = ()
+
+    @property
+    def device(self) -> Resource:
+        """The device that the guest gets."""
+        return self.wanted[0].resource
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done for a guest: one assignment for each request, in their order."""
+
+    assignments: tuple[Assignment, ...]
+
+
+class RefusalKind(StrEnum):
+    """Why there is no plan."""
+
+    HELD = "held"
+    IMPOSSIBLE = "impossible"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a request gets nothing; ``message`` is one line that names object, cause and next step."""
+
+    request: Request
+    kind: RefusalKind
+    message: str
+    resource: Resource | None = None
+    holder: str = ""
+    rejected: tuple[Rejection, ...] = ()

@@ -1,0 +1,57 @@
+"""Where things are: every path outside the package derives from one frozen value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Roots of what is read and written; ``Settings.under(root)`` serves a fake host to a test."""
+
+    sys: str = "/sys"
+    proc: str = "/proc"
+    dev: str = "/dev"
+    run: str = "/run/vnet-lock"
+    libvirt_run: str = "/run/libvirt"
+    etc_libvirt: str = "/etc/libvirt"
+
+    # How long a claim that is being released by another process is waited for, at most.
+    busy_wait_s: float = 5.0
+    # How long a device may take to become free (a VF's reset is seen up to 2 s late).
+    free_wait_s: float = 5.0
+    # How long the guard and a PF's lock are waited for.
+    guard_wait_s: float = 5.0
+    pf_wait_s: float = 20.0
+
+    @classmethod
+    def under(cls, root: Path | str) -> Settings:
+        """All paths below ``root``."""
+        root = str(root).rstrip("/")
+        plain = cls()
+        return cls(
+            sys=root + plain.sys,
+            proc=root + plain.proc,
+            dev=root + plain.dev,
+            run=root + plain.run,
+            libvirt_run=root + plain.libvirt_run,
+            etc_libvirt=root + plain.etc_libvirt,
+        )
+
+    @property
+    def claims_dir(self) -> str:
+        """One JSON record for each claim."""
+        return self.run + "/claims"
+
+    @property
+    def guard_path(self) -> str:
+        """The lock under which the claim table is read and written."""
+        return self.run + "/guard"
+
+    def pf_lock_path(self, pci: str) -> str:
+        """The lock under which a PF, and its VFs through it, are written."""
+        return f"{self.run}/pf-{pci}.lock"
+
+
+DEFAULT = Settings()
