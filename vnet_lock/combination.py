@@ -67,12 +67,12 @@ _TABLE: tuple[tuple[Policy, Port, tuple[Backend, ...]], ...] = (
     (Policy.ROUTE, Port.VETH_MACVLAN, _TAPS + _SOCKETS),
     (Policy.VEB, Port.BRIDGE, _TAPS),
     (Policy.VEB, Port.MACVLAN, _TAPS + _SOCKETS),
-    (Policy.VEB, Port.SRIOV, _SOCKETS + _TAPS + (Backend.VFIO,)),
+    (Policy.VEB, Port.SRIOV, (*_SOCKETS, *_TAPS, Backend.VFIO)),
     (Policy.VEPA, Port.MACVLAN, _TAPS + _SOCKETS),
-    (Policy.VEPA, Port.SRIOV, _SOCKETS + _TAPS + (Backend.VFIO,)),
+    (Policy.VEPA, Port.SRIOV, (*_SOCKETS, *_TAPS, Backend.VFIO)),
     (Policy.PRIVATE, Port.MACVLAN, _TAPS + _SOCKETS),
-    (Policy.PRIVATE, Port.SRIOV, _SOCKETS + _TAPS + (Backend.VFIO,)),
-    (Policy.PRIVATE, Port.PHYSDEV, _SOCKETS + (Backend.VFIO,)),
+    (Policy.PRIVATE, Port.SRIOV, (*_SOCKETS, *_TAPS, Backend.VFIO)),
+    (Policy.PRIVATE, Port.PHYSDEV, (*_SOCKETS, Backend.VFIO)),
 )
 
 

@@ -1,0 +1,1 @@
+"""QEMU implementations, one file each: how a guest is connected to a port."""

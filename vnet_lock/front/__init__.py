@@ -1,0 +1,1 @@
+"""The programs: each parses, calls the session, and turns errors into words and exit codes."""
