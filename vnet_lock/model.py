@@ -195,6 +195,7 @@ class Claim:
     interface: str
     since: float
     combination: str | None = None
+    mac: str | None = None
     pf: PciAddress | None = None
     worker: Process | None = None
     journal: tuple[Entry, ...] = ()
@@ -367,6 +368,7 @@ class Fixed:
     interface: str
     device: PciAddress | str
     form: Form
+    mac: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
