@@ -233,6 +233,18 @@ class Claims:
 # --- what there is ------------------------------------------------------------------------------
 
 
+class UseKind(StrEnum):
+    """What kind of evidence says that a device is in use."""
+
+    VFIO = "vfio"  # somebody has its VFIO device open
+    UPPER = "upper"  # another network device stands on it
+    NAMESPACE = "namespace"  # its netdev was moved to another network namespace
+    ADDRESS = "address"  # the host itself has an address on it
+    SOCKET = "socket"  # a packet socket or a tap's descriptor
+    DRIVER = "driver"  # a driver that is neither its own nor VFIO's
+    LIBVIRT = "libvirt"  # libvirt's status file of a running guest names it
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """Somebody who uses a device, claimed or not: ``how`` names the evidence in a few words."""
@@ -240,6 +252,7 @@ class User:
     pid: int | None
     command: str
     how: str
+    kind: UseKind = UseKind.VFIO
 
     @property
     def text(self) -> str:
