@@ -388,14 +388,15 @@ class Fixed:
 class Intent:
     """What a guest's interface wants; all that is not said is ours to choose.
 
-    ``dev`` names a network device or a PCI address (of a PF, or of the very VF that is wanted).
+    ``devs`` are in order of preference: a PF's name or address, or the very VF that is wanted, or another
+    network device.
     ``ports`` and ``backends`` are in order of preference, empty means the usual order.
     ``ifname`` is the name that a macvtap or tap is to have.
     """
 
     interface: str
     policy: Policy
-    dev: str
+    devs: tuple[str, ...]
     ports: tuple[Port, ...] = ()
     backends: tuple[Backend, ...] = ()
     mac: str | None = None
