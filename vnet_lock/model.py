@@ -376,12 +376,16 @@ class Form(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fixed:
-    """A device that the guest names and somebody else (libvirt) opens: to be claimed, not touched."""
+    """A device that the guest names and somebody else (libvirt) opens: to be claimed, not touched.
+
+    ``is_interface`` tells whether it is known to be a network device: a plain hostdev may be a disk.
+    """
 
     interface: str
     device: PciAddress | str
     form: Form
     mac: str | None = None
+    is_interface: bool = True
 
 
 @dataclass(frozen=True, slots=True)
