@@ -247,12 +247,18 @@ class UseKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """Somebody who uses a device, claimed or not: ``how`` names the evidence in a few words."""
+    """Somebody who uses a device, claimed or not: ``how`` names the evidence in a few words.
+
+    ``link`` is the name of the other device of an UPPER. ``mark`` says whose use it is, where the evidence
+    tells: the token in an upper's ifalias, or the UUID of libvirt's guest.
+    """
 
     pid: int | None
     command: str
     how: str
     kind: UseKind = UseKind.VFIO
+    link: str | None = None
+    mark: str | None = None
 
     @property
     def text(self) -> str:
