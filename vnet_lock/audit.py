@@ -1,0 +1,288 @@
+"""Claims against observed use: the state of each resource, and what is wrong. Changes nothing."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from vnet_lock.kernel.kinship import Kinship
+from vnet_lock.kernel.marks import read_mark
+from vnet_lock.kernel.processes import is_owner_alive
+from vnet_lock.model import Claim, Claims, Inventory, Mode, Owner, Resource, State, User, Wanted
+from vnet_lock.planning import name_of
+from vnet_lock.rules import conflict, holder_text
+from vnet_lock.settings import Settings
+from vnet_lock.use import foreign_users
+
+
+class Standing(StrEnum):
+    """What is the matter with a resource; worse ones come later."""
+
+    FREE = "free"
+    STALE = "stale"
+    RESERVED = "reserved"
+    RELEASING = "releasing"
+    ACTIVE = "active"
+    FOREIGN = "foreign"
+    CONFLICT = "conflict"
+
+
+class Severity(StrEnum):
+    """An error means that a guest is or may be disturbed; a warning heals by itself or by a command."""
+
+    ERROR = "error"
+    WARNING = "warning"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is wrong; ``message`` names object, cause and next step."""
+
+    severity: Severity
+    kind: str
+    resource: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResourceState:
+    """One resource: what it is in, its claims (living ones first) and everybody who uses it."""
+
+    resource: Resource
+    standing: Standing = Standing.FREE
+    claims: tuple[Claim, ...] = ()
+    users: tuple[User, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """The judgement on one host at one moment.
+
+    ``states`` has an entry for each VF, PF and NIC of the inventory, and for each other thing claimed.
+    ``pids`` are the pids of the guests that have claims, None where a guest has none now.
+    """
+
+    inventory: Inventory
+    states: Mapping[Resource, ResourceState]
+    findings: tuple[Finding, ...] = ()
+    pids: Mapping[Owner, int | None] = field(default_factory=dict)
+
+    @property
+    def has_error(self) -> bool:
+        """Whether something is an error, not just a warning."""
+        return any(finding.severity is Severity.ERROR for finding in self.findings)
+
+    def state_of(self, resource: Resource) -> ResourceState:
+        """The state of a resource, of an unknown one too."""
+        return self.states.get(resource) or ResourceState(resource)
+
+
+def audit(settings: Settings, inventory: Inventory, claims: Claims, *, whole: bool = True) -> Audit:
+    """Judge every resource of the inventory, and every claim.
+
+    Without ``whole`` the inventory is only a part of the host: claims on what isn't in it are left out.
+    """
+    return _Auditor(settings, inventory, claims, whole).audit()
+
+
+class _Auditor:
+    """One pass. Liveness is read once for each owner, and all lookups are by dict: there may be thousands."""
+
+    def __init__(self, settings: Settings, inventory: Inventory, claims: Claims, whole: bool) -> None:
+        self.settings = settings
+        self.inventory = inventory
+        self.kinship = Kinship(settings)
+        self.alive: dict[Owner, bool] = {}
+        self.findings: list[Finding] = []
+        self.pf_of = {vf.resource: vf.pf for vf in inventory.vfs()}
+        self.known = dict.fromkeys(self._resources())
+        self.damaged = claims.damaged
+        self.distrusted = {record.resource for record in claims.damaged}
+        self.claims: dict[Resource, list[Claim]] = defaultdict(list)
+        pfs = {pf.pci for pf in inventory.pfs}
+        for claim in claims.records:
+            if whole or claim.resource in self.known or claim.pf in pfs:
+                self.claims[claim.resource].append(claim)
+
+    def audit(self) -> Audit:
+        disputed = self._find_conflicts()
+        states = {}
+        for resource in dict.fromkeys([*self.known, *self.claims]):
+            states[resource] = self._judge(resource, resource in disputed)
+        self._find_stale()
+        self._find_vanished()
+        self._find_damaged()
+        self._find_orphans()
+        self._find_same_macs()
+        owners = dict.fromkeys(claim.owner for claims in self.claims.values() for claim in claims)
+        pids = {owner: self.kinship.guest_pid(owner) for owner in owners}
+        return Audit(self.inventory, states, tuple(self.findings), pids)
+
+    def is_alive(self, claim: Claim) -> bool:
+        if claim.owner not in self.alive:
+            self.alive[claim.owner] = is_owner_alive(self.settings, claim.owner)
+        return self.alive[claim.owner]
+
+    def _resources(self) -> Iterator[Resource]:
+        functions = set()
+        for pf in self.inventory.pfs:
+            functions.add(pf.pci)
+            yield pf.resource
+            for vf in pf.vfs:
+                functions.add(vf.pci)
+                yield vf.resource
+        for nic in self.inventory.nics:
+            if nic.pci is None:
+                yield Resource.nic(nic.netdev)
+            elif nic.pci not in functions:
+                yield Resource.pf(nic.pci)
+
+    # --- one resource ---------------------------------------------------------------------------
+
+    def _judge(self, resource: Resource, disputed: bool) -> ResourceState:
+        claims = sorted(self.claims.get(resource, ()), key=self.is_alive, reverse=True)
+        living = [claim for claim in claims if self.is_alive(claim)]
+        users = self.inventory.users_of(resource)
+        exclusive = any(claim.mode is Mode.EXCLUSIVE for claim in claims)
+        mode = Mode.EXCLUSIVE if exclusive else Mode.SHARED
+        strangers = foreign_users(resource, users, claims, self.kinship.is_own, mode=mode)
+        standing = _standing(claims, living)
+        if strangers:
+            standing = Standing.CONFLICT if living else Standing.FOREIGN
+            self._report_strangers(resource, strangers, living)
+        if disputed or resource in self.distrusted:
+            standing = Standing.CONFLICT
+        return ResourceState(resource, standing, tuple(claims), users)
+
+    def _report_strangers(self, resource: Resource, strangers: tuple[User, ...], living: list[Claim]) -> None:
+        name, who = name_of(resource), "; ".join(user.text for user in strangers)
+        pid = next((user.pid for user in strangers if user.pid), None)
+        if living:
+            holder = holder_text(living[0], self.kinship.guest_pid)
+            self._error(
+                "conflict", resource, f"{name} is held by {holder}, but used by {who}; stop one of them"
+            )
+        else:
+            claiming = f", or claim it: vnet-lock claim {resource} --pid {pid}" if pid else ""
+            self._error("foreign", resource, f"{name} is in use without a claim by {who}; stop it{claiming}")
+
+    # --- claims against claims ------------------------------------------------------------------
+
+    def _find_conflicts(self) -> set[Resource]:
+        """Resources whose living claims exclude each other; that is reported once for each pair."""
+        near: dict[str, list[Claim]] = defaultdict(list)
+        for claims in self.claims.values():
+            for claim in claims:
+                if self.is_alive(claim):
+                    near[claim.resource.name].append(claim)
+                    if claim.mode is Mode.EXCLUSIVE and claim.pf and claim.pf.text != claim.resource.name:
+                        near[claim.pf.text].append(claim)
+        disputed: set[Resource] = set()
+        for place, claims in near.items():
+            for claim, other in _excluding_pairs(place, claims):
+                disputed |= {claim.resource, other.resource}
+                one, two = (holder_text(each, self.kinship.guest_pid) for each in (claim, other))
+                what = name_of(claim.resource)
+                if other.resource != claim.resource:
+                    two = f"{name_of(other.resource)} by {two}"
+                message = f"{what} is held by {one}, and {two}: they exclude each other; stop one of them"
+                self._error("conflict", claim.resource, message)
+        return disputed
+
+    def _find_same_macs(self) -> None:
+        first: dict[tuple[str, str], Claim] = {}
+        for claims in self.claims.values():
+            for claim in claims:
+                if claim.mac is None or not self.is_alive(claim):
+                    continue
+                place = claim.pf.text if claim.pf else claim.resource.name
+                other = first.setdefault((place, claim.mac), claim)
+                if not other.owner.is_same_guest(claim.owner):
+                    message = (
+                        f"MAC {claim.mac} on {name_of(claim.resource)} is {claim.owner.text}'s and, on "
+                        f"{name_of(other.resource)}, {other.owner.text}'s; give one of them another"
+                    )
+                    self._warn("same-mac", claim.resource, message)
+
+    # --- claims against the host ----------------------------------------------------------------
+
+    def _find_stale(self) -> None:
+        for resource, claims in self.claims.items():
+            for claim in claims:
+                if not self.is_alive(claim):
+                    message = (
+                        f"{name_of(resource)} is claimed by {claim.owner.text}, which is dead; "
+                        "the next claim heals it, or: vnet-lock gc"
+                    )
+                    self._warn("stale", resource, message)
+
+    def _find_vanished(self) -> None:
+        for resource, claims in self.claims.items():
+            if resource in self.known:
+                continue
+            for claim in claims:
+                if self.is_alive(claim):
+                    holder = holder_text(claim, self.kinship.guest_pid)
+                    message = (
+                        f"{name_of(resource)} is held by {holder}, but isn't there any more; "
+                        f"stop the guest, then: vnet-lock release {resource} --force"
+                    )
+                    self._error("vanished", resource, message)
+
+    def _find_damaged(self) -> None:
+        for record in self.damaged:
+            about = (
+                f"{name_of(record.resource)} counts as held"
+                if record.resource
+                else "nobody knows what it holds"
+            )
+            message = (
+                f"{record.path}: {record.reason}; {about}; look at it, and remove it if its guest is gone"
+            )
+            self._error("damaged", record.resource or "", message)
+
+    def _find_orphans(self) -> None:
+        """Links with our mark, made for a claim that isn't there any more."""
+        tokens = {claim.token for claims in self.claims.values() for claim in claims}
+        for nic in self.inventory.nics:
+            if nic.kind == "physical":
+                continue
+            mark = read_mark(self.settings, nic.netdev)
+            if mark is not None and mark not in tokens:
+                message = (
+                    f"device {nic.netdev} was made for a guest, but no claim knows it; "
+                    f"if no guest uses it: ip link del {nic.netdev}"
+                )
+                self._error("orphan", Resource.nic(nic.netdev), message)
+
+    def _error(self, kind: str, resource: Resource | str, message: str) -> None:
+        self.findings.append(Finding(Severity.ERROR, kind, str(resource), message))
+
+    def _warn(self, kind: str, resource: Resource | str, message: str) -> None:
+        self.findings.append(Finding(Severity.WARNING, kind, str(resource), message))
+
+
+def _standing(claims: Iterable[Claim], living: list[Claim]) -> Standing:
+    """What the claims themselves say."""
+    if not living:
+        return Standing.STALE if tuple(claims) else Standing.FREE
+    states = {claim.state for claim in living}
+    for state in (State.ACTIVE, State.RELEASING, State.RESERVED):
+        if state in states:
+            return Standing(state)
+    raise AssertionError(states)
+
+
+def _excluding_pairs(place: str, claims: list[Claim]) -> Iterator[tuple[Claim, Claim]]:
+    """Pairs of different guests' claims that exclude each other, one of them on the place itself at least."""
+    on_it = [claim for claim in claims if claim.resource.name == place]
+    if all(claim.mode is Mode.SHARED for claim in on_it):
+        return
+    rest = [claim for claim in claims if claim.resource.name != place]
+    for index, claim in enumerate(on_it):
+        wanted = Wanted(claim.resource, claim.mode, claim.pf)
+        for other in (*on_it[index + 1 :], *rest):
+            if not claim.owner.is_same_guest(other.owner) and conflict(wanted, other):
+                yield claim, other
