@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+
+import pytest
+
+from vnet_lock.combination import Backend, Combination, Policy, Port
+from vnet_lock.errors import BadInput
+from vnet_lock.model import Intent, PciAddress
+from vnet_lock.qemu_argv import read_argv, read_protocols, rewrite
+from vnet_lock.qemu_words import Properties, split_options
+
+FDS = "-netdev tap,id=net0,fds=3:4,vhost=on,vhostfds=5:6"
+MAC = "52:54:00:aa:bb:cc"
+
+
+@dataclass(frozen=True)
+class Connection:
+    combination: Combination
+    mac: str | None = None
+    fds: tuple[int | str, ...] = ()
+    vhost_fds: tuple[int | str, ...] = ()
+    pci: PciAddress | None = None
+
+
+TAP = Connection(Combination.parse("vepa-macvlan-tap"), MAC, (3,))
+VHOST = Connection(Combination.parse("vepa-macvlan-tap+vhost"), MAC, (3,), (4,))
+QUEUES = Connection(Combination.parse("vepa-macvlan-tap+vhost"), MAC, (3, 4), (5, 6))
+VFIO = Connection(Combination.parse("veb-sriov-vfio"), MAC, pci=PciAddress.parse("0000:01:10.0"))
+SHOWN = Connection(TAP.combination, MAC, ("<tap:net0>",))
+
+HOST = "-netdev host,id=net0,mode=vepa,dev=eth0"
+DEVICE = "-device virtio-net-pci,netdev=net0,id=n0,bus=pci.1,addr=3"
+J = '{"driver":"virtio-net-pci","netdev":"net0","id":"n0","bus":"pci.1"}'
+JSON = '{"type":"host","id":"net0","mode":"vepa","dev":["eth0","eth1"],"queues":2}'
+
+GOLDEN = [
+    # what the user wrote, the connection, what QEMU gets
+    (
+        f"-m 64 {HOST} {DEVICE} disk.img",
+        TAP,
+        f"-m 64 -netdev tap,id=net0,fd=3 {DEVICE},mac={MAC} disk.img",
+    ),
+    (f"{HOST} {DEVICE}", SHOWN, f"-netdev 'tap,id=net0,fd=<tap:net0>' {DEVICE},mac={MAC}"),
+    (f"{DEVICE} {HOST}", VHOST, f"{DEVICE},mac={MAC} -netdev tap,id=net0,fd=3,vhost=on,vhostfd=4"),
+    (
+        f"-{HOST} -{DEVICE}",
+        TAP,
+        f"--netdev tap,id=net0,fd=3 -{DEVICE},mac={MAC}",
+    ),
+    (
+        f"{HOST},mac=52:54:00:00:00:01 {DEVICE}",
+        TAP,
+        f"-netdev tap,id=net0,fd=3 {DEVICE},mac=52:54:00:00:00:01",
+    ),
+    (
+        f"{HOST} {DEVICE},mac=52:54:00:00:00:01",
+        TAP,
+        f"-netdev tap,id=net0,fd=3 {DEVICE},mac=52:54:00:00:00:01",
+    ),
+    (
+        f"{HOST},queues=2 {DEVICE}",
+        QUEUES,
+        f"-netdev tap,id=net0,fds=3:4,vhost=on,vhostfds=5:6 {DEVICE},mac={MAC},mq=on,vectors=6",
+    ),
+    (
+        f"{HOST},queues=2 {DEVICE},mq=on,vectors=9",
+        QUEUES,
+        f"-netdev tap,id=net0,fds=3:4,vhost=on,vhostfds=5:6 {DEVICE},mq=on,vectors=9,mac={MAC}",
+    ),
+    (
+        f"{HOST},queues=2 -device virtio-net-device,netdev=net0",
+        QUEUES,
+        f"{FDS} -device virtio-net-device,netdev=net0,mac={MAC},mq=on",
+    ),
+    (HOST, TAP, "-netdev tap,id=net0,fd=3"),
+    (
+        "-netdev id=net0,type=host,mode=vepa,dev=eth0 -device netdev=net0,driver=e1000",
+        TAP,
+        f"-netdev tap,id=net0,fd=3 -device netdev=net0,driver=e1000,mac={MAC}",
+    ),
+    (
+        f"{HOST} -device 'virtio-net-pci,netdev=net0,romfile=/a,,b'",
+        TAP,
+        f"-netdev tap,id=net0,fd=3 -device 'virtio-net-pci,netdev=net0,romfile=/a,,b,mac={MAC}'",
+    ),
+    (
+        f"-netdev '{JSON}' -device '{J}'",
+        QUEUES,
+        f"""{FDS} -device '{J[:-1]},"mac":"{MAC}","mq":true,"vectors":6}}'""",
+    ),
+    # vfio: the device itself
+    (
+        f"{HOST} {DEVICE},mac=52:54:00:00:00:01,mrg_rxbuf=off,vectors=4,bootindex=1",
+        VFIO,
+        "-nic none -device vfio-pci,host=0000:01:10.0,id=n0,bus=pci.1,addr=3,bootindex=1",
+    ),
+    (
+        f"-nodefaults {HOST} -device e1000,netdev=net0,addr=5.0,multifunction=on",
+        VFIO,
+        "-nodefaults -device vfio-pci,host=0000:01:10.0,addr=5.0,multifunction=on",
+    ),
+    (
+        f"{HOST} -netdev user,id=u -device e1000,netdev=u",
+        VFIO,
+        "-device vfio-pci,host=0000:01:10.0 -netdev user,id=u -device e1000,netdev=u",
+    ),
+    (HOST, VFIO, "-nic none -device vfio-pci,host=0000:01:10.0"),
+    (
+        f"-nodefaults {HOST} -device '{J}'",
+        VFIO,
+        """-nodefaults -device '{"driver":"vfio-pci","host":"0000:01:10.0","id":"n0","bus":"pci.1"}'""",
+    ),
+    # -nic
+    (
+        "-nic host,id=net0,mode=vepa,dev=eth0",
+        TAP,
+        f"-netdev tap,id=net0,fd=3 -device virtio-net-pci,netdev=net0,mac={MAC}",
+    ),
+    (
+        "-nic host,id=net0,mode=vepa,dev=eth0,model=e1000,addr=4,bootindex=1,mac=52:54:00:00:00:01",
+        TAP,
+        "-netdev tap,id=net0,fd=3 -device e1000,netdev=net0,addr=4,bootindex=1,mac=52:54:00:00:00:01",
+    ),
+    (
+        "-nic host,id=net0,mode=vepa,dev=eth0,queues=2,model=virtio",
+        QUEUES,
+        f"{FDS} -device virtio-net-pci,netdev=net0,mac={MAC},mq=on,vectors=6",
+    ),
+    (
+        "-nic host,id=net0,mode=veb,dev=eth0,addr=4",
+        VFIO,
+        "-nic none -device vfio-pci,host=0000:01:10.0,addr=4",
+    ),
+    # -net, the hub
+    (
+        "-net nic,model=virtio,addr=4 -net host,id=net0,mode=vepa,dev=eth0",
+        TAP,
+        f"-net nic,model=virtio,addr=4,macaddr={MAC} -net tap,id=net0,fd=3",
+    ),
+    (
+        "-net host,id=net0,mode=vepa,dev=eth0 -net nic,macaddr=52:54:00:00:00:01",
+        TAP,
+        "-net tap,id=net0,fd=3 -net nic,macaddr=52:54:00:00:00:01",
+    ),
+    (
+        "-net nic,model=virtio,addr=4 -net host,id=net0,mode=veb,dev=eth0",
+        VFIO,
+        "-device vfio-pci,host=0000:01:10.0,addr=4 -nic none",
+    ),
+    (
+        f"{HOST} -net nic,netdev=net0,model=virtio",
+        TAP,
+        f"-netdev tap,id=net0,fd=3 -net nic,netdev=net0,model=virtio,macaddr={MAC}",
+    ),
+    # words that only look like ours
+    ("-append host,mode=vepa -netdev user,id=host -name host", TAP, None),
+    ("-snapshot -drive file=-netdev,,host -kernel -x", TAP, None),
+    ("-netdev", TAP, None),
+]
+
+
+@pytest.mark.parametrize(("given", "connection", "wanted"), GOLDEN)
+def test_qemu_gets_what_it_knows_in_place_of_host_words(given, connection, wanted):
+    argv = read_argv(shlex.split(given))
+    made = rewrite(argv, {intent.interface: connection for intent in argv.intents})
+    assert made == shlex.split(given if wanted is None else wanted)
+    assert not read_argv(made).hosts
+
+
+def test_several_networks_each_get_their_own():
+    line = f"{HOST} {DEVICE} -nic host,mode=veb,dev=eth1 -nic host,mode=veb,dev=eth2 -netdev user,id=host0"
+    argv = read_argv(shlex.split(line))
+    assert [intent.interface for intent in argv.intents] == ["net0", "host1", "host2"]
+    made = rewrite(argv, {"net0": VHOST, "host1": VFIO, "host2": TAP})
+    assert made == shlex.split(
+        f"-netdev tap,id=net0,fd=3,vhost=on,vhostfd=4 {DEVICE},mac={MAC} -device vfio-pci,host=0000:01:10.0 "
+        f"-netdev tap,id=host2,fd=3 -device virtio-net-pci,netdev=host2,mac={MAC} -netdev user,id=host0"
+    )
+
+
+def test_every_key_reaches_the_intent():
+    line = (
+        "-netdev host,id=net0,mode=bridge,dev=eth0,dev=af:06.2,port=sriov,protocols=vfio:tap:vhost,"
+        "mac=52-54-00-AA-BB-CC,vlan=42,queues=4"
+    )
+    assert read_argv(line.split()).intents == (
+        Intent(
+            interface="net0",
+            policy=Policy.VEB,
+            devs=("eth0", "0000:af:06.2"),
+            ports=(Port.SRIOV,),
+            backends=(Backend.VFIO, Backend.TAP_VHOST, Backend.TAP),
+            mac=MAC,
+            vlan=42,
+            queues=4,
+        ),
+    )
+
+
+def test_what_is_not_said_is_left_to_us():
+    (intent,) = read_argv(HOST.split()).intents
+    assert intent == Intent(interface="net0", policy=Policy.VEPA, devs=("eth0",))
+
+
+@pytest.mark.parametrize(
+    ("text", "backends"),
+    [
+        ("tap", "tap"),
+        ("tap:vhost", "tap+vhost tap"),
+        ("vhost:tap", "tap+vhost tap"),
+        ("vfio", "vfio"),
+        ("vfio:tap:vhost", "vfio tap+vhost tap"),
+        ("tap:socket:vhost", "tap+vhost tap socket+vhost socket"),
+        ("user", "user"),
+        ("tap:tap", "tap"),
+    ],
+)
+def test_protocols_are_backends_in_their_order(text, backends):
+    assert read_protocols(text, "here") == tuple(Backend(word) for word in backends.split())
+
+
+def test_vhost_is_not_tried_for_a_device_that_is_no_virtio():
+    (intent,) = read_argv([*HOST.split(), "-device", "e1000,netdev=net0"]).intents
+    assert intent.backends == (Backend.TAP, Backend.SOCKET, Backend.USER)
+    hub = ["-net", "nic,model=virtio", "-net", "host,mode=vepa,dev=eth0,protocols=tap:vhost"]
+    (intent,) = read_argv(hub).intents
+    assert intent.backends == (Backend.TAP,)
+
+
+def test_vfio_is_not_tried_for_a_device_that_is_not_on_pci():
+    line = [*f"{HOST},protocols=vfio:tap".split(), "-device", "virtio-net-device,netdev=net0"]
+    assert read_argv(line).intents[0].backends == (Backend.TAP,)
+
+
+BAD = [
+    ("-netdev host,id=net0,moed=vepa,dev=eth0", 'unknown key "moed"; known: id, mode, dev, pool, port'),
+    ("-netdev host,id=net0,dev=eth0", "mode= is missing"),
+    ("-netdev host,id=net0,mode=vepa", "dev= is missing"),
+    ("-netdev host,mode=vepa,dev=eth0", "id= is missing"),
+    ("-netdev host", "id= is missing"),
+    ("-netdev host,id=0net,mode=vepa,dev=eth0", '"0net" is no id'),
+    (
+        "-netdev host,id=net0,mode=vebpa,dev=eth0",
+        'unknown mode "vebpa"; one of nat, route, veb, vepa, private',
+    ),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,port=bridge", 'mode=vepa has no port "bridge"'),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,protocols=tab", 'unknown protocol "tab"'),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,protocols=tap::vhost", 'unknown protocol ""'),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,protocols=vhost", "write tap:vhost or socket:vhost"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0/1", '"eth0/1" is neither the name of a network device nor'),
+    ("-netdev host,id=net0,mode=vepa,dev=0000:af:06.9", "nor a PCI address"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,mac=1:2:3", "is not the MAC address of one device"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,mac=01:00:5e:00:00:01", "is not the MAC address of one device"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,mac=00:00:00:00:00:00", "is not the MAC address of one device"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,vlan=0", 'vlan="0" is not a number from 1 to 4094'),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,vlan=4095", "is not a number from 1 to 4094"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,queues=many", 'queues="many" is not a number from 1 to 256'),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,queues=²", "is not a number from 1 to 256"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,vlan=1,vlan=2", "vlan= is there twice"),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,queues", "queues has no value"),
+    ("-netdev host,id=net0,mode=vepa,dev=", "dev has no value"),
+    ("-netdev host,id=net0,mode=vepa,pool=fabric-a", "pools are not supported yet; name a device with dev="),
+    ("-netdev host,id=net0,mode=vepa,dev=eth0,model=e1000", 'unknown key "model"'),
+    ("-nic host,mode=vepa,dev=eth0,mdoel=e1000", 'unknown key "mdoel"'),
+    ("-net host,mode=vepa,dev=eth0,queues=2", "queues=2 needs a virtio-net device"),
+    ("-nic host,mode=vepa,dev=eth0,queues=2,model=e1000", "queues=2 needs a virtio-net device"),
+    (f"{HOST} -netdev user,id=net0", 'the network id "net0" is there twice'),
+    (f"{HOST} {DEVICE} -device e1000,netdev=net0", "2 devices are on it"),
+    ("-net nic -net nic -net host,mode=vepa,dev=eth0", "2 devices are on it"),
+    ("-net host,mode=vepa,dev=eth0 -net host,mode=vepa,dev=eth1", "only one host network fits the hub"),
+    (f"{HOST},mac=52:54:00:00:00:01 {DEVICE},mac=52:54:00:00:00:02", "leave one of them"),
+    (f"{HOST},protocols=vfio -device usb-net,netdev=net0", "none of its protocols goes with usb-net"),
+    ("""-netdev '{"type":"host",'""", "broken JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD)
+def test_a_bad_word_is_named_with_its_reason(line, reason):
+    with pytest.raises(BadInput) as caught:
+        read_argv(shlex.split(line))
+    message = str(caught.value)
+    assert reason in message
+    assert "\n" not in message
+    assert "host" in message or "net0" in message
+
+
+def test_one_mac_said_twice_is_one_mac():
+    line = f"{HOST},mac={MAC.upper()} {DEVICE},mac={MAC}"
+    assert read_argv(line.split()).intents[0].mac == MAC
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "daemonize", "pidfile"),
+    [
+        ("-name web1", "web1", False, None),
+        ("-name web1,process=qemu-web1", "web1", False, None),
+        ("-name debug-threads=on,guest=web1 --daemonize -pidfile /x", "web1", True, "/x"),
+        ("-name debug-threads=on -pidfile /x --pidfile /y", None, False, "/y"),
+        ("-append -daemonize -m 64", None, False, None),
+    ],
+)
+def test_what_the_wrapper_must_know_is_found(line, name, daemonize, pidfile):
+    argv = read_argv(line.split())
+    assert (argv.name, argv.daemonize, argv.pidfile) == (name, daemonize, pidfile)
+
+
+def test_a_network_after_an_option_without_value_that_we_do_not_know_is_found():
+    assert len(read_argv(["-brand-new", *HOST.split()]).hosts) == 1
+
+
+@pytest.mark.parametrize("line", [given for given, _, _ in GOLDEN])
+def test_splitting_a_line_loses_no_word(line):
+    words = shlex.split(line)
+    assert [word for option in split_options(words) for word in option.words] == words
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "virtio-net-pci", "e1000,netdev=n0", "a,,b,c=d,,e", "id=x,flag", '{"driver":"e1000","mq":true}'],
+)
+def test_properties_are_written_as_they_were_read(text):
+    assert Properties.parse(text, "driver").text == text

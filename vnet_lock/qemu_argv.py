@@ -1,0 +1,342 @@
+"""QEMU's command line: the ``host`` networks in it, and the line that QEMU gets in their place.
+
+Never looks at the host, opens or runs anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, ports_of
+from vnet_lock.errors import BadInput
+from vnet_lock.model import Intent, PciAddress, is_ifname
+from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options
+
+_KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues")
+# What -nic host takes beside them: properties of the device that it makes.
+_NIC_KEYS = ("model", "addr", "bus", "bootindex", "vectors")
+# Properties that every PCI device of QEMU has: they stay when a NIC becomes vfio-pci.
+_PCI_KEYS = (
+    *("id", "bus", "addr", "busnr", "bootindex", "multifunction", "acpi-index", "rombar", "failover_pair_id"),
+)
+_NOT_PCI = frozenset(("virtio-net-device", "virtio-net-ccw", "usb-net", "ne2k_isa", "spapr-vlan", "lan9118"))
+_VHOST = (Backend.TAP_VHOST, Backend.SOCKET_VHOST)
+_MAX_QUEUES = 256  # MAX_TAP_QUEUES, include/linux/if_tap.h
+_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed(), util/id.c
+_MAC = re.compile(r"[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}")
+
+
+class Connected(Protocol):
+    """How a guest's interface is connected; descriptors are numbers, or words that stand for them."""
+
+    @property
+    def combination(self) -> Combination: ...  # noqa: D102
+    @property
+    def mac(self) -> str | None: ...  # noqa: D102
+    @property
+    def fds(self) -> Sequence[int | str]: ...  # noqa: D102
+    @property
+    def vhost_fds(self) -> Sequence[int | str]: ...  # noqa: D102
+    @property
+    def pci(self) -> PciAddress | None: ...  # noqa: D102
+
+
+# --- what is asked for ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Nic:
+    """The guest's device of a network: the ``at``-th option, its model and its MAC under ``mac_key``."""
+
+    at: int
+    driver: str
+    properties: Properties
+    mac_key: str = "mac"
+
+    @property
+    def is_virtio(self) -> bool:
+        """Whether it can have queues and vhost."""
+        return self.driver.startswith("virtio")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One ``host`` network, the ``at``-th option, and what it wants."""
+
+    at: int
+    intent: Intent
+    nic: Nic | None
+
+
+@dataclass(frozen=True, slots=True)
+class QemuArgv:
+    """A QEMU command line as far as it concerns us; ``name`` is the guest's."""
+
+    options: tuple[Option, ...]
+    hosts: tuple[Host, ...]
+    name: str | None
+    daemonize: bool
+    pidfile: str | None
+
+    @property
+    def intents(self) -> tuple[Intent, ...]:
+        """What its ``host`` networks want; ``interface`` is the netdev id."""
+        return tuple(host.intent for host in self.hosts)
+
+
+def read_argv(args: Sequence[str]) -> QemuArgv:
+    """Read a QEMU command line, without the program; BadInput names the word that is wrong."""
+    options = split_options(args)
+    parsed = {at: _parse(option) for at, option in enumerate(options) if option.name in (*NETWORKS, "device")}
+    wanted = [at for at in parsed if options[at].name in NETWORKS and parsed[at].get("type") == "host"]
+    ids = [p.get("id") for at, p in parsed.items() if options[at].name in NETWORKS]
+    double = next((name for name in ids if name and ids.count(name) > 1), None)
+    if wanted and double:
+        raise BadInput(f'the network id "{double}" is there twice; give each network its own id')
+    hosts: list[Host] = []
+    for at in wanted:
+        network = _name_network(options[at], parsed[at], [*ids, *(host.intent.interface for host in hosts)])
+        nic = _find_nic(options, parsed, at, str(network.get("id")))
+        hosts.append(Host(at, _read_intent(options[at], network, nic), nic))
+    last = {option.name: option.value for option in options if option.value}
+    return QemuArgv(
+        options=options,
+        hosts=tuple(hosts),
+        name=Properties.parse(last["name"], "guest").get("guest") if "name" in last else None,
+        daemonize=any(option.name == "daemonize" for option in options),
+        pidfile=last.get("pidfile"),
+    )
+
+
+def _parse(option: Option) -> Properties:
+    try:
+        return Properties.parse(option.value, "driver" if option.name == "device" else "type")
+    except ValueError as error:
+        raise BadInput(f"{option.text}: broken JSON: {error}") from error
+
+
+def _name_network(option: Option, network: Properties, taken: Sequence[str | None]) -> Properties:
+    """With an id: that of -net and -nic is ours to choose."""
+    name = network.get("id")
+    if name is None and option.name != "netdev":
+        return network.having("id", next(i for n in range(len(taken) + 1) if (i := f"host{n}") not in taken))
+    if name is None:
+        raise BadInput(f"{option.text}: id= is missing; name the network, and the device refers to it")
+    if not _ID.fullmatch(name):
+        raise BadInput(f'{option.text}: "{name}" is no id: a letter, then letters, digits, "-", "." and "_"')
+    return network
+
+
+def _find_nic(options: Sequence[Option], parsed: Mapping[int, Properties], at: int, name: str) -> Nic | None:
+    own = parsed[at]
+    if options[at].name == "nic":
+        model = own.get("model") or "virtio"
+        driver = "virtio-net-pci" if model == "virtio" else model
+        device = Properties((("driver", driver), ("netdev", name)))
+        return Nic(at, driver, Properties(device.items + own.only(_NIC_KEYS[1:]).items))
+    nics = []
+    for other, properties in parsed.items():
+        is_legacy = options[other].name == "net" and properties.get("type") == "nic"
+        if options[other].name == "device" and properties.get("netdev") == name:
+            nics.append(Nic(other, properties.get("driver") or "", properties))
+        elif is_legacy and properties.get("netdev") == (None if options[at].name == "net" else name):
+            nics.append(Nic(other, properties.get("model") or "unknown", properties, "macaddr"))
+    if len(nics) > 1:
+        raise BadInput(
+            f"{options[at].text}: {len(nics)} devices are on it ({options[nics[0].at].text}; "
+            f"{options[nics[1].at].text}); give each device a network of its own"
+        )
+    hub = [o for o in parsed if options[o].name == "net" and parsed[o].get("type") == "host"]
+    if options[at].name == "net" and len(hub) > 1:
+        raise BadInput(f"{options[at].text}: only one host network fits the hub of -net; use -netdev or -nic")
+    return nics[0] if nics else None
+
+
+def _read_intent(option: Option, network: Properties, nic: Nic | None) -> Intent:
+    _check_keys(option, network)
+    policy, ports = _read_mode(option, network.get("mode"), network.get("port"))
+    queues = _read_number(option, "queues", network.get("queues"), _MAX_QUEUES) or 1
+    if queues > 1 and (option.name == "net" or (nic and not nic.is_virtio)):
+        raise BadInput(f"{option.text}: queues={queues} needs a virtio-net device on -netdev or -nic")
+    protocols = network.get("protocols")
+    backends = _fit(option, read_protocols(protocols, option.text) if protocols is not None else (), nic)
+    return Intent(
+        interface=str(network.get("id")),
+        policy=policy,
+        devs=_read_devs(option, network),
+        ports=ports,
+        backends=backends,
+        mac=_read_mac(option, network, nic),
+        vlan=_read_number(option, "vlan", network.get("vlan"), 4094),
+        queues=queues,
+    )
+
+
+def _check_keys(option: Option, network: Properties) -> None:
+    known = (*_KEYS, *_NIC_KEYS) if option.name == "nic" else _KEYS
+    seen = set()
+    for key, value in network.items:
+        if key not in (*known, "type"):
+            raise BadInput(f'{option.text}: unknown key "{key}"; known: {", ".join(known)}')
+        if value is None or value == "":
+            raise BadInput(f"{option.text}: {key} has no value; write {key}=…")
+        if key in seen and key != "dev":
+            raise BadInput(f"{option.text}: {key}= is there twice; leave one")
+        seen.add(key)
+    if "pool" in seen:
+        raise BadInput(f"{option.text}: pools are not supported yet; name a device with dev=")
+
+
+def _read_mode(option: Option, mode: str | None, port: str | None) -> tuple[Policy, tuple[Port, ...]]:
+    modes = ", ".join(Policy)
+    if mode is None:
+        raise BadInput(f"{option.text}: mode= is missing; one of {modes}")
+    try:
+        policy = Policy.parse(mode)
+    except ValueError as error:
+        raise BadInput(f'{option.text}: unknown mode "{mode}"; one of {modes}') from error
+    if port is None:
+        return policy, ()
+    ports = ports_of(policy)
+    if port not in ports:
+        raise BadInput(f'{option.text}: mode={mode} has no port "{port}"; one of {", ".join(ports)}')
+    return policy, (Port(port),)
+
+
+def _read_devs(option: Option, network: Properties) -> tuple[str, ...]:
+    devs = network.values("dev")
+    if not devs:
+        raise BadInput(f"{option.text}: dev= is missing; name a network device (dev=eth0) or a PCI address")
+    return tuple(_read_dev(option, dev) for dev in devs)
+
+
+def _read_dev(option: Option, dev: str) -> str:
+    if is_ifname(dev):
+        return dev
+    try:
+        return PciAddress.parse(dev).text
+    except ValueError as error:
+        reason = "neither the name of a network device nor a PCI address (like 0000:af:06.0)"
+        raise BadInput(f'{option.text}: "{dev}" is {reason}') from error
+
+
+def read_protocols(text: str, where: str) -> tuple[Backend, ...]:
+    """The backends that ``a:b:c`` allows, in its order; ``vhost`` puts the +vhost forms before the plain ones."""
+    words = text.split(":")
+    known = ("tap", "socket", "vhost", "vfio", "user")
+    for word in words:
+        if word not in known:
+            raise BadInput(f'{where}: unknown protocol "{word}"; known: {", ".join(known)}')
+    backends: list[Backend] = []
+    for word in words:
+        if word in ("tap", "socket") and "vhost" in words:
+            backends.append(Backend(f"{word}+vhost"))
+        if word != "vhost":
+            backends.append(Backend(word))
+    if not backends:
+        raise BadInput(f"{where}: protocols=vhost says only half: write tap:vhost or socket:vhost")
+    return tuple(dict.fromkeys(backends))
+
+
+def _fit(option: Option, backends: tuple[Backend, ...], nic: Nic | None) -> tuple[Backend, ...]:
+    """Those that go with the guest's device; empty still means the usual ones."""
+    unfit: tuple[Backend, ...] = ()
+    if option.name == "net" or (nic and not nic.is_virtio):
+        unfit += _VHOST  # vhost needs virtio, and a peer without a hub between (net/vhost_net.c)
+    if nic and nic.driver in _NOT_PCI:
+        unfit += (Backend.VFIO,)
+    fit = tuple(backend for backend in backends or DEFAULT_BACKENDS if backend not in unfit)
+    if not fit:
+        device = nic.driver if nic and nic.driver != "unknown" else "the device of -net"
+        raise BadInput(f"{option.text}: none of its protocols goes with {device}; add tap to protocols=")
+    return fit if unfit and set(unfit) & set(backends or DEFAULT_BACKENDS) else backends
+
+
+def _read_mac(option: Option, network: Properties, nic: Nic | None) -> str | None:
+    own = network.get("mac")
+    device = nic.properties.get(nic.mac_key) if nic else None
+    macs = [_parse_mac(option, mac) for mac in (own, device) if mac is not None]
+    if len(set(macs)) > 1:
+        raise BadInput(f"{option.text}: mac={macs[0]}, but its device has {macs[1]}; leave one of them")
+    return macs[0] if macs else None
+
+
+def _parse_mac(option: Option, text: str) -> str:
+    mac = text.lower().replace("-", ":") if _MAC.fullmatch(text.lower()) else ""
+    if not mac or mac == "00:00:00:00:00:00" or int(mac[:2], 16) & 1:
+        raise BadInput(
+            f'{option.text}: "{text}" is not the MAC address of one device (like 52:54:00:12:34:56)'
+        )
+    return mac
+
+
+def _read_number(option: Option, key: str, text: str | None, most: int) -> int | None:
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= most:
+        raise BadInput(f'{option.text}: {key}="{text}" is not a number from 1 to {most}')
+    return int(text)
+
+
+# --- what QEMU gets -------------------------------------------------------------------------------
+
+
+def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
+    """QEMU's arguments, without the program, with every ``host`` network as what QEMU knows.
+
+    ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word.
+    """
+    made: dict[int, list[str]] = {}
+    for host in argv.hosts:
+        connection = connections[host.intent.interface]
+        made.setdefault(host.at, [])
+        if connection.combination.backend is Backend.VFIO:
+            at = host.nic.at if host.nic else host.at
+            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection).text])
+            continue
+        word = argv.options[host.at].words[0] if argv.options[host.at].name != "nic" else "-netdev"
+        made[host.at].extend([word, _tap_network(host, connection).text])
+        if host.nic:
+            name = "-device" if host.nic.at == host.at else argv.options[host.nic.at].words[0]
+            made.setdefault(host.nic.at, []).extend(
+                [name, _tap_device(host.nic, host.intent, connection).text]
+            )
+    left = {option.name for at, option in enumerate(argv.options) if at not in made}
+    left |= {Option((word,)).name for words in made.values() for word in words[::2]}
+    if argv.hosts and not left & {*NETWORKS, "nodefaults"}:
+        # Without a network on its command line QEMU makes one of its own, with a NIC.
+        made[argv.hosts[0].at][:0] = ["-nic", "none"]
+    return [word for at, option in enumerate(argv.options) for word in made.get(at, option.words)]
+
+
+def _tap_network(host: Host, connection: Connected) -> Properties:
+    fds, vhost_fds = connection.fds, connection.vhost_fds
+    if not fds:
+        raise ValueError(f"{connection.combination.text} is no connection that QEMU can be given")
+    plural = "s" if len(fds) > 1 else ""
+    network = Properties((("type", "tap"), ("id", host.intent.interface)))
+    network = network.having(f"fd{plural}", ":".join(map(str, fds)))
+    if vhost_fds:
+        network = network.having("vhost", True).having(f"vhostfd{plural}", ":".join(map(str, vhost_fds)))
+    return network
+
+
+def _tap_device(nic: Nic, intent: Intent, connection: Connected) -> Properties:
+    device = nic.properties.having(nic.mac_key, intent.mac or connection.mac)
+    if len(connection.fds) > 1 and nic.is_virtio:
+        device = device.having("mq", True)
+        if nic.driver.startswith("virtio-net-pci"):
+            # One each way for each queue, one for control, one for the configuration.
+            device = device.having("vectors", 2 * len(connection.fds) + 2)
+    return device
+
+
+def _vfio_device(host: Host, connection: Connected) -> Properties:
+    if connection.pci is None:
+        raise ValueError(f"{connection.combination.text} without a PCI address")
+    kept = host.nic.properties.only(_PCI_KEYS) if host.nic else Properties(())
+    items = (("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items)
+    return Properties(items, kept.is_json)
