@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.marks import read_mark
-from vnet_lock.kernel.processes import is_owner_alive
+from vnet_lock.kernel.processes import is_alive, is_owner_alive
 from vnet_lock.model import Claim, Claims, Inventory, Mode, Owner, Resource, State, User, Wanted
 from vnet_lock.planning import name_of
 from vnet_lock.rules import conflict, holder_text
@@ -96,9 +96,9 @@ class _Auditor:
         self.kinship = Kinship(settings)
         self.alive: dict[Owner, bool] = {}
         self.findings: list[Finding] = []
-        self.pf_of = {vf.resource: vf.pf for vf in inventory.vfs()}
         self.known = dict.fromkeys(self._resources())
         self.damaged = claims.damaged
+        self.tokens = {claim.token for claim in claims.records}
         self.distrusted = {record.resource for record in claims.damaged}
         self.claims: dict[Resource, list[Claim]] = defaultdict(list)
         pfs = {pf.pci for pf in inventory.pfs}
@@ -120,10 +120,16 @@ class _Auditor:
         pids = {owner: self.kinship.guest_pid(owner) for owner in owners}
         return Audit(self.inventory, states, tuple(self.findings), pids)
 
-    def is_alive(self, claim: Claim) -> bool:
-        if claim.owner not in self.alive:
-            self.alive[claim.owner] = is_owner_alive(self.settings, claim.owner)
-        return self.alive[claim.owner]
+    def lives(self, claim: Claim) -> bool:
+        """Whether somebody will still give this claim back; what session.heal takes away doesn't live."""
+        if claim.worker is not None and is_alive(self.settings, claim.worker):
+            return True
+        return claim.state is State.ACTIVE and self._owner_lives(claim.owner)
+
+    def _owner_lives(self, owner: Owner) -> bool:
+        if owner not in self.alive:
+            self.alive[owner] = is_owner_alive(self.settings, owner)
+        return self.alive[owner]
 
     def _resources(self) -> Iterator[Resource]:
         functions = set()
@@ -142,8 +148,8 @@ class _Auditor:
     # --- one resource ---------------------------------------------------------------------------
 
     def _judge(self, resource: Resource, disputed: bool) -> ResourceState:
-        claims = sorted(self.claims.get(resource, ()), key=self.is_alive, reverse=True)
-        living = [claim for claim in claims if self.is_alive(claim)]
+        claims = sorted(self.claims.get(resource, ()), key=self.lives, reverse=True)
+        living = [claim for claim in claims if self.lives(claim)]
         users = self.inventory.users_of(resource)
         exclusive = any(claim.mode is Mode.EXCLUSIVE for claim in claims)
         mode = Mode.EXCLUSIVE if exclusive else Mode.SHARED
@@ -175,7 +181,7 @@ class _Auditor:
         near: dict[str, list[Claim]] = defaultdict(list)
         for claims in self.claims.values():
             for claim in claims:
-                if self.is_alive(claim):
+                if self.lives(claim):
                     near[claim.resource.name].append(claim)
                     if claim.mode is Mode.EXCLUSIVE and claim.pf and claim.pf.text != claim.resource.name:
                         near[claim.pf.text].append(claim)
@@ -195,7 +201,7 @@ class _Auditor:
         first: dict[tuple[str, str], Claim] = {}
         for claims in self.claims.values():
             for claim in claims:
-                if claim.mac is None or not self.is_alive(claim):
+                if claim.mac is None or not self.lives(claim):
                     continue
                 place = claim.pf.text if claim.pf else claim.resource.name
                 other = first.setdefault((place, claim.mac), claim)
@@ -211,19 +217,23 @@ class _Auditor:
     def _find_stale(self) -> None:
         for resource, claims in self.claims.items():
             for claim in claims:
-                if not self.is_alive(claim):
-                    message = (
-                        f"{name_of(resource)} is claimed by {claim.owner.text}, which is dead; "
-                        "the next claim heals it, or: vnet-lock gc"
-                    )
-                    self._warn("stale", resource, message)
+                if self.lives(claim):
+                    continue
+                why = "which is dead"
+                if self._owner_lives(claim.owner):
+                    why = f"but what was working on it died (it is {claim.state})"
+                message = (
+                    f"{name_of(resource)} is claimed by {claim.owner.text}, {why}; "
+                    "the next claim heals it, or: vnet-lock gc"
+                )
+                self._warn("stale", resource, message)
 
     def _find_vanished(self) -> None:
         for resource, claims in self.claims.items():
             if resource in self.known:
                 continue
             for claim in claims:
-                if self.is_alive(claim):
+                if self.lives(claim):
                     holder = holder_text(claim, self.kinship.guest_pid)
                     message = (
                         f"{name_of(resource)} is held by {holder}, but isn't there any more; "
@@ -245,12 +255,11 @@ class _Auditor:
 
     def _find_orphans(self) -> None:
         """Links with our mark, made for a claim that isn't there any more."""
-        tokens = {claim.token for claims in self.claims.values() for claim in claims}
         for nic in self.inventory.nics:
             if nic.kind == "physical":
                 continue
             mark = read_mark(self.settings, nic.netdev)
-            if mark is not None and mark not in tokens:
+            if mark is not None and mark not in self.tokens:
                 message = (
                     f"device {nic.netdev} was made for a guest, but no claim knows it; "
                     f"if no guest uses it: ip link del {nic.netdev}"
