@@ -1,0 +1,359 @@
+"""libvirt's domain XML, read into requests. Never writes XML, never touches the host, trusts no document.
+
+Two sources of requests: interfaces and host devices that libvirt itself opens become ``Fixed``; what the
+guest's metadata asks for (``urn:vnet-lock:guest:1``, schema in xml/vnet-guest.rng) becomes ``Intent``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
+from vnet_lock.errors import BadInput, Unsupported
+from vnet_lock.model import Fixed, Form, Intent, PciAddress, Request, is_ifname
+
+if TYPE_CHECKING:
+    from lxml.etree import _Element as Element
+
+NAMESPACE = "urn:vnet-lock:guest:1"
+SIZE_LIMIT_BYTES = 8 * 1024 * 1024
+
+_FAMILY = "{urn:vnet-lock:guest"
+_GUEST = f"{{{NAMESPACE}}}guest"
+_INTERFACE = f"{{{NAMESPACE}}}interface"
+_KNOWN = ("alias", "policy", "dev", "port", "backends", "vlan", "queues", "pool")
+
+# libvirt keeps a user's alias only where it is like this (virDomainDeviceAliasIsUserAlias).
+_ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
+# libvirt opens a tap or macvtap that is there when it starts the guest, and nothing else.
+_LATE_BACKENDS = (Backend.TAP_VHOST, Backend.TAP)
+# libvirt takes names with these prefixes for its own and drops them from a definition.
+_RESERVED_NAMES = ("vnet", "macvtap", "macvlan")
+# MAX_TAP_QUEUES, include/linux/if_tap.h and drivers/net/tun.c.
+_QUEUES_LIMIT = 256
+
+_DIRECT_FORMS = {
+    "vepa": Form.VEPA,
+    "bridge": Form.BRIDGE,
+    "private": Form.PRIVATE,
+    "passthrough": Form.PASSTHRU,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A libvirt guest, and what its interfaces need."""
+
+    name: str
+    uuid: str
+    requests: tuple[Request, ...]
+
+
+def read_guest(xml: bytes) -> Guest:
+    """Read a domain's XML, as a user writes it or as libvirt gives it to a hook.
+
+    The uuid is lower case, "" where the document has none (a guest that isn't defined yet). BadInput
+    where the document or an intent cannot be understood, Unsupported where a libvirt guest cannot get
+    what an intent asks for.
+    """
+    root = _parse(xml)
+    keys = _Keys()
+    fixed = _read_fixed(root, keys)
+    intents = _read_intents(root)
+    return Guest(_read_name(root), _read_uuid(root), (*fixed, *intents))
+
+
+def read_identity(xml: bytes) -> tuple[str, str]:
+    """The name and uuid alone, so that a guest with a bad intent can still be released."""
+    root = _parse(xml)
+    return _read_name(root), _read_uuid(root)
+
+
+def _parse(xml: bytes) -> Element:
+    from lxml import etree  # 40 ms
+
+    if len(xml) > SIZE_LIMIT_BYTES:
+        raise BadInput(
+            f"guest XML: {len(xml)} bytes are more than the {SIZE_LIMIT_BYTES} that a guest may have"
+        )
+    parser = etree.XMLParser(
+        resolve_entities=False,
+        no_network=True,
+        load_dtd=False,
+        dtd_validation=False,
+        huge_tree=False,
+        remove_comments=True,
+        remove_pis=True,
+    )
+    try:
+        root = etree.fromstring(xml, parser)
+    except etree.XMLSyntaxError as error:
+        reason = " ".join(str(error.msg).split()) or "the document is empty"
+        raise BadInput(f"guest XML: {reason}") from error
+    if root.getroottree().docinfo.internalDTD is not None:
+        raise BadInput("guest XML: it has a DOCTYPE, which a guest never needs; remove it")
+    if root.tag != "domain":
+        raise BadInput(f"guest XML: the root is <{root.tag!s}>, not libvirt's <domain>")
+    return root
+
+
+def _read_name(root: Element) -> str:
+    name = root.findtext("name", "").strip()
+    if not name or "/" in name or "\n" in name:
+        raise BadInput(f"guest XML: {name!r} is no name of a guest")
+    return name
+
+
+def _read_uuid(root: Element) -> str:
+    text = root.findtext("uuid", "").strip().lower()
+    digits = text.replace("-", "")
+    if text and not re.fullmatch("[0-9a-f]{32}", digits):
+        raise BadInput(f"guest XML: {text!r} is no uuid")
+    return re.sub("(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", digits)
+
+
+# --- what libvirt opens -------------------------------------------------------------------------
+
+
+class _Keys:
+    """Names for interfaces that are the same at every hook operation.
+
+    libvirt gives aliases of its own (net0, hostdev0) after `prepare`, so only the user's count; MAC
+    addresses are not unique, because both halves of a teaming pair have the same.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+
+    def name(self, element: Element) -> str:
+        """The user's alias, else the MAC address, else hostdev0, hostdev1 and so on."""
+        alias = _user_alias(element)
+        if alias:
+            return alias
+        mac = _attribute(element, "mac", "address")
+        key = mac.lower() if mac else "hostdev"
+        number = self._seen.get(key, 0)
+        self._seen[key] = number + 1
+        if not mac:
+            return f"{key}{number}"
+        return f"{key}#{number + 1}" if number else key
+
+
+def _read_fixed(root: Element, keys: _Keys) -> list[Fixed]:
+    fixed: list[Fixed] = []
+    for element in root.iterfind("devices/interface"):
+        kind = element.get("type")
+        if kind == "hostdev":
+            key = keys.name(element)
+            mac = _read_mac(element, f"interface {key}")
+            fixed.append(Fixed(key, _read_host_address(element, key), Form.HOSTDEV, mac))
+        elif kind == "direct":
+            fixed.append(_read_direct(element, keys.name(element)))
+    for element in root.iterfind("devices/hostdev"):
+        if element.get("type") == "pci" and element.get("mode", "subsystem") == "subsystem":
+            key = keys.name(element)
+            fixed.append(Fixed(key, _read_host_address(element, key), Form.HOSTDEV, is_interface=False))
+    return fixed
+
+
+def _read_direct(element: Element, key: str) -> Fixed:
+    dev = _attribute(element, "source", "dev")
+    if not is_ifname(dev):
+        raise BadInput(f"interface {key}: <source dev={dev!r}> names no network device")
+    mode = _attribute(element, "source", "mode") or "vepa"
+    if mode not in _DIRECT_FORMS:
+        raise BadInput(f"interface {key}: mode {mode!r} is none of {', '.join(_DIRECT_FORMS)}")
+    return Fixed(key, dev, _DIRECT_FORMS[mode], _read_mac(element, f"interface {key}"))
+
+
+def _read_host_address(element: Element, key: str) -> PciAddress:
+    """The function on the host; the <address> that is no child of <source> is the one in the guest."""
+    address = element.find("source/address")
+    if address is None:
+        raise BadInput(f"{key}: its <source> has no PCI <address>")
+    try:
+        parts = [_number(address.get(name, default)) for name, default in _ADDRESS]
+        if any(part > limit for part, limit in zip(parts, (0xFFFFFFFF, 0xFF, 0x1F, 7), strict=True)):
+            raise ValueError("a part of it is too large")
+    except ValueError as error:
+        raise BadInput(f"{key}: its <source> has a PCI <address> that cannot be read: {error}") from error
+    return PciAddress(*parts)
+
+
+_ADDRESS = (("domain", "0"), ("bus", ""), ("slot", ""), ("function", "0"))
+
+
+def _number(text: str) -> int:
+    """As libvirt reads numbers in an address: C's notation, a leading 0 is octal."""
+    if re.fullmatch("0[0-7]+", text):
+        return int(text, 8)
+    if re.fullmatch("0[xX][0-9a-fA-F]{1,8}|[0-9]{1,10}", text):
+        return int(text, 0)
+    raise ValueError(f"{text!r} is no number")
+
+
+# --- what the guest's metadata asks for ---------------------------------------------------------
+
+
+def _read_intents(root: Element) -> list[Intent]:
+    guests = [element for element in root.iterfind("metadata/*") if str(element.tag).startswith(_FAMILY)]
+    for guest in guests:
+        if guest.tag != _GUEST:
+            raise BadInput(
+                f"metadata: <{_plain(guest)}> is unknown; this version reads <guest> of {NAMESPACE}"
+            )
+    if len(guests) > 1:
+        raise BadInput(f"metadata: <guest> of {NAMESPACE} stands there {len(guests)} times")
+    if not guests:
+        return []
+    if guests[0].attrib:
+        raise BadInput(f"metadata: <guest> has an unknown attribute {next(iter(guests[0].attrib))!s}")
+    interfaces = {_user_alias(item): item for item in root.iterfind("devices/interface") if _user_alias(item)}
+    intents: dict[str, Intent] = {}
+    for element in guests[0]:
+        intent = _read_intent(element, interfaces)
+        if intent.interface in intents:
+            raise BadInput(f"interface {intent.interface}: its intent stands there twice")
+        if any(intent.ifname == other.ifname for other in intents.values()):
+            raise BadInput(
+                f"interface {intent.interface}: <target dev='{intent.ifname}'> is another's already"
+            )
+        intents[intent.interface] = intent
+    return list(intents.values())
+
+
+def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
+    if element.tag != _INTERFACE:
+        raise BadInput(f"metadata: <{_plain(element)}> is unknown; <guest> has <interface> only")
+    alias = element.get("alias", "")
+    what = f"interface {alias}"
+    if not _ALIAS.fullmatch(alias):
+        raise BadInput(f"metadata: <interface> with alias {alias!r}: libvirt's user aliases are like ua-net0")
+    if unknown := [str(name) for name in element.attrib if name not in _KNOWN]:
+        raise BadInput(f"{what}: {unknown[0]} is unknown; there are {', '.join(_KNOWN[:-1])}")
+    if len(element):
+        raise BadInput(f"{what}: <{_plain(element[0])}> is unknown; an intent has attributes only")
+    if element.get("pool") is not None:
+        raise BadInput(f"{what}: pools are not supported yet; name the device with dev=")
+    devs = tuple(element.get("dev", "").split())
+    if not devs:
+        raise BadInput(f"{what}: dev= is missing; name a network device or a PCI address")
+    for dev in devs:
+        if not is_ifname(dev) and not _is_pci(dev):
+            raise BadInput(f"{what}: dev {dev!r} is neither a network device's name nor a PCI address")
+    policy, ports, backends = _read_combinations(element, what)
+    target = interfaces.get(alias)
+    if target is None:
+        raise BadInput(f'{what}: no <interface> of the guest has <alias name="{alias}"/>')
+    _check_target(target, what)
+    queues = element.get("queues") or _attribute(target, "driver", "queues") or "1"
+    vlan = element.get("vlan")
+    return Intent(
+        interface=alias,
+        policy=policy,
+        devs=devs,
+        ports=ports,
+        backends=backends,
+        mac=_read_mac(target, what),
+        vlan=None if vlan is None else _within(vlan, 1, 4094, f"{what}: vlan"),
+        queues=_within(queues, 1, _QUEUES_LIMIT, f"{what}: queues"),
+        ifname=_attribute(target, "target", "dev"),
+    )
+
+
+def _read_combinations(element: Element, what: str) -> tuple[Policy, tuple[Port, ...], tuple[Backend, ...]]:
+    """The policy, ports and backends, of which some combination must exist that libvirt can take late."""
+    try:
+        policy = Policy.parse(element.get("policy", ""))
+    except ValueError as error:
+        known = ", ".join(Policy)
+        raise BadInput(f"{what}: policy {element.get('policy', '')!r} is none of {known}") from error
+    try:
+        ports = tuple(Port(word) for word in element.get("port", "").split())
+    except ValueError as error:
+        raise BadInput(f"{what}: port: {error}; there are {', '.join(Port)}") from error
+    try:
+        backends = tuple(Backend(word) for word in element.get("backends", "").split())
+    except ValueError as error:
+        raise BadInput(f"{what}: backends: {error}; there are {', '.join(Backend)}") from error
+    for port in ports:
+        if port not in ports_of(policy):
+            raise BadInput(
+                f"{what}: policy {policy} has no port {port}; it has {', '.join(ports_of(policy))}"
+            )
+    for backend in backends:
+        if backend is Backend.VFIO:
+            raise Unsupported(
+                f"{what}: libvirt takes no vfio device late; write an <interface type='hostdev'> with the"
+                ' VF\'s address (it is claimed without any intent), or use backends="tap+vhost tap"'
+            )
+        if backend not in _LATE_BACKENDS:
+            raise Unsupported(
+                f'{what}: libvirt takes no backend {backend} late; use backends="tap+vhost tap"'
+            )
+    backends = backends or _LATE_BACKENDS
+    if not any(set(backends) & set(backends_of(policy, port)) for port in ports or ports_of(policy)):
+        raise Unsupported(
+            f"{what}: no combination of policy {policy}, port {' or '.join(ports) or 'any'} and backend"
+            f" {' or '.join(backends)} exists; name another port"
+        )
+    return policy, ports, backends
+
+
+def _check_target(target: Element, what: str) -> None:
+    """Only an ethernet interface with managed='no' takes a device that was made for it."""
+    if target.get("type") != "ethernet":
+        raise BadInput(
+            f"{what}: it is of type {target.get('type')!r}; an intent needs <interface type='ethernet'>"
+            " with <target dev='NAME' managed='no'/>"
+        )
+    name = _attribute(target, "target", "dev")
+    if not name or _attribute(target, "target", "managed") != "no":
+        raise BadInput(
+            f"{what}: it needs <target dev='NAME' managed='no'/>, so that libvirt takes what is made"
+        )
+    if not is_ifname(name):
+        raise BadInput(f"{what}: {name!r} is no name of a network device (at most 15 characters)")
+    if name.startswith(_RESERVED_NAMES):
+        raise BadInput(f"{what}: libvirt keeps names like {name!r} for itself; choose another <target dev=>")
+
+
+def _read_mac(target: Element, what: str) -> str | None:
+    mac = _attribute(target, "mac", "address").lower()
+    if mac and not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac):
+        raise BadInput(f"{what}: {mac!r} is no MAC address")
+    return mac or None
+
+
+# --- words --------------------------------------------------------------------------------------
+
+
+def _user_alias(element: Element) -> str:
+    """The alias that the user gave: libvirt keeps those with this prefix, and changes all others."""
+    alias = _attribute(element, "alias", "name")
+    return alias if _ALIAS.fullmatch(alias) else ""
+
+
+def _attribute(element: Element, child: str, name: str) -> str:
+    found = element.find(child)
+    return "" if found is None else found.get(name, "")
+
+
+def _plain(element: Element) -> str:
+    return str(element.tag).rpartition("}")[2]
+
+
+def _is_pci(text: str) -> bool:
+    try:
+        PciAddress.parse(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _within(text: str, low: int, high: int, what: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or not low <= int(text) <= high:
+        raise BadInput(f"{what} {text!r} is not a number from {low} to {high}")
+    return int(text)
