@@ -30,13 +30,17 @@ class VfAdmin:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network device's own settings before; ``device`` is its PCI address, or its name if it has none."""
+    """A network device's own settings before; ``device`` is its PCI address, or its name if it has none.
+
+    ``addr_gen_mode`` is as in ip-sysctl (0 EUI-64, 1 none), None without IPv6.
+    """
 
     device: str
     mac: str
     mtu: int
     up: bool
     allmulticast: bool = False
+    addr_gen_mode: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,1 +1,44 @@
-"""QEMU implementations, one file each: how a guest is connected to a port."""
+"""QEMU implementations, one file each: how a guest is connected to a port.
+
+The file of a backend is named like its member of ``Backend`` and has two functions:
+
+``missing(settings)``
+    why this host can't do it, empty where it can.
+``connect(settings, intent, opened, combination)``
+    opens what a QEMU of ours is handed; the caller owns the descriptors.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+from vnet_lock.combination import Backend, Combination
+from vnet_lock.model import PciAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """What one interface's words on QEMU's command line are made of.
+
+    ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone.
+    """
+
+    combination: Combination
+    mac: str | None = None
+    fds: tuple[int, ...] = ()
+    vhost_fds: tuple[int, ...] = ()
+    pci: PciAddress | None = None
+    netdev: str | None = None
+
+
+def find(backend: Backend) -> ModuleType | None:
+    """The backend's own file, None while there is none."""
+    name = f"{__name__}.{backend.name.lower()}"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None

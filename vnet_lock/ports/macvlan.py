@@ -1,0 +1,52 @@
+"""A macvtap in bridge, vepa or private mode on a network device that others may share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vnet_lock.combination import Backend, Policy
+from vnet_lock.model import Intent, Mode, Nic, PciAddress
+from vnet_lock.planning import Candidate, Situation, nic_wanted
+from vnet_lock.ports import Job, Opened
+from vnet_lock.ports.macvtap import open_macvtap, random_mac
+
+_MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
+
+
+def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
+    """Each device that the intent names."""
+    del backend
+    for dev in intent.devs:
+        nic = find_nic(dev, situation)
+        if nic is None:
+            yield Candidate(dev, reason=f"there is no network device {dev!r} here; see: ip link")
+            continue
+        reason = ""
+        master = situation.inventory.nic_named(nic.master) if nic.master else None
+        if nic.kind == "bridge":
+            reason = f"{nic.netdev} is a bridge: use port=bridge"
+        elif master and master.kind == "bridge":
+            reason = f"{nic.netdev} is a port of bridge {master.netdev}; name {master.netdev} with mode=veb"
+        elif not nic.up:
+            reason = f"{nic.netdev} is down; run: ip link set {nic.netdev} up"
+        elif intent.vlan is not None:
+            reason = f"a macvlan has no VLAN of its own; make a VLAN device on {nic.netdev} and name that"
+        yield Candidate(nic.netdev, nic_wanted(situation.inventory, nic, Mode.SHARED), reason)
+
+
+def open_port(job: Job) -> Opened:
+    """Make the macvtap."""
+    nic = next(nic for nic in job.inventory.nics if job.inventory.resource_of(nic) == job.device)
+    return open_macvtap(job, nic.netdev, _MODES[job.intent.policy], job.intent.mac or random_mac())
+
+
+def find_nic(dev: str, situation: Situation) -> Nic | None:
+    """A network device by its name or PCI address."""
+    nic = situation.inventory.nic_named(dev)
+    if nic is not None:
+        return nic
+    try:
+        pci = PciAddress.parse(dev)
+    except ValueError:
+        return None
+    return next((nic for nic in situation.inventory.nics if nic.pci == pci), None)

@@ -1,0 +1,146 @@
+"""A VF for one guest: whole through VFIO, or by a macvtap in passthru mode on its network device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vnet_lock.combination import Backend, Policy
+from vnet_lock.errors import Unsupported, Vanished, VnetLockError
+from vnet_lock.model import Intent, Inventory, Mode, PciAddress, Pf, Vf, Wanted
+from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
+from vnet_lock.ports import Job, Opened
+from vnet_lock.ports.macvtap import open_macvtap, random_mac
+
+_VFIO = "vfio-pci"
+
+
+def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
+    """The VFs of the PFs that the intent names, those of the PF with the most free VFs first.
+
+    A VF that is named itself is the only one.
+    """
+    inventory = situation.inventory
+    pfs: list[Pf] = []
+    for dev in intent.devs:
+        found = _find(dev, inventory)
+        if isinstance(found, Vf):
+            yield _candidate(found, intent, backend, situation)
+        elif found is None:
+            yield Candidate(
+                dev, reason=f"there is no SR-IOV network device {dev!r} here; see: vnet-lock status"
+            )
+        else:
+            pfs.append(found)
+    free = {pf.pci: sum(map(situation.is_free, pf.vfs)) for pf in pfs} if len(pfs) > 1 else {}
+    for pf in sorted(pfs, key=lambda one: -free.get(one.pci, 0)):
+        name = pf.netdev or pf.pci.text
+        if not pf.totalvfs:
+            yield Candidate(name, reason=f"{name} is no SR-IOV device")
+        elif not pf.vfs:
+            yield Candidate(name, reason=f"{name} has no VFs yet; run: vnet-lock vfs {name} {pf.totalvfs}")
+        for vf in pf.vfs:
+            yield _candidate(vf, intent, backend, situation)
+
+
+def open_port(job: Job) -> Opened:
+    """Set the VF up through its PF, and bind it to VFIO or put a macvtap on it."""
+    from vnet_lock.kernel.before import read_before
+
+    vf = _vf(job.inventory, job.device.pci)
+    pf = job.inventory.pf_at(vf.pf)
+    if pf is None or pf.netdev is None:
+        raise Unsupported(
+            f"{name_of(vf.resource)}: its PF {vf.pf} has no network device here to set it up by"
+        )
+    job.journal(read_before(job.settings, vf.pci))
+    if job.assignment.combination and job.assignment.combination.backend is Backend.VFIO:
+        return _open_vfio(job, vf, pf.netdev)
+    return _open_tap(job, vf, pf.netdev)
+
+
+def _open_vfio(job: Job, vf: Vf, pf_netdev: str) -> Opened:
+    from vnet_lock.kernel import netlink, pci
+    from vnet_lock.kernel.before import read_before
+
+    mac = job.intent.mac or random_mac()
+    netlink.set_vf(pf_netdev, vf.index, mac=mac, vlan=job.intent.vlan)
+    for item in job.assignment.wanted[1:]:
+        if item.resource.pci:
+            job.journal(read_before(job.settings, item.resource.pci))
+    for item in job.assignment.wanted:
+        if item.resource.pci:
+            pci.bind_driver(job.settings, item.resource.pci, _VFIO)
+    return Opened(mac=mac, pci=vf.pci)
+
+
+def _open_tap(job: Job, vf: Vf, pf_netdev: str) -> Opened:
+    from vnet_lock.kernel import netlink
+
+    nic = job.inventory.nic_named(vf.netdev) if vf.netdev else None
+    if nic is None:
+        raise Vanished(
+            f"{name_of(vf.resource)} has lost its network device; see: vnet-lock show {vf.resource}"
+        )
+    if job.intent.vlan is not None:
+        netlink.set_vf(pf_netdev, vf.index, vlan=job.intent.vlan)
+    mac = job.intent.mac or nic.mac
+    netdev = nic.netdev if mac == nic.mac else _set_mac(job, vf, nic.netdev, pf_netdev, mac)
+    netlink.set_link(netdev, addrgenmode="none", up=True)
+    return open_macvtap(job, netdev, "passthru", mac)
+
+
+def _set_mac(job: Job, vf: Vf, netdev: str, pf_netdev: str, mac: str) -> str:
+    """Give the VF a MAC, and return the name of its network device afterwards.
+
+    Once an administrative MAC was set, an untrusted VF may not change its own: then the PF sets it, and
+    the VF's driver learns it when it is bound anew.
+    """
+    from vnet_lock.kernel import netlink, pci
+    from vnet_lock.kernel.before import wait_for_netdev
+
+    try:
+        netlink.set_link(netdev, mac=mac)
+    except VnetLockError:
+        netlink.set_vf(pf_netdev, vf.index, mac=mac)
+        pci.bind_driver(job.settings, vf.pci, None)
+        pci.bind_driver(job.settings, vf.pci, vf.driver)
+        netdev = wait_for_netdev(job.settings, vf.pci)
+    return netdev
+
+
+def _candidate(vf: Vf, intent: Intent, backend: Backend, situation: Situation) -> Candidate:
+    pf = situation.inventory.pf_at(vf.pf)
+    wanted: tuple[Wanted, ...] = (Wanted(vf.resource, Mode.EXCLUSIVE, vf.pf),)
+    reason = ""
+    name = name_of(vf.resource)
+    if backend is Backend.VFIO:
+        wanted = function_wanted(situation.inventory, vf.pci)
+        if vf.iommu_group is None:
+            reason = f"{name} is in no IOMMU group"
+    elif vf.netdev is None and not situation.inventory.users_of(vf.resource):
+        reason = f"{name} has no network device here (driver: {vf.driver or 'none'})"
+    if not reason and pf and intent.policy is Policy.VEPA and pf.eswitch != "vepa":
+        mode = f"is in {pf.eswitch} mode" if pf.eswitch else "has no mode that its driver could change"
+        reason = f"the embedded switch of {pf.netdev or pf.pci} {mode}"
+    elif not reason and pf and intent.policy is Policy.VEB and pf.eswitch == "vepa":
+        reason = f"the embedded switch of {pf.netdev or pf.pci} is in vepa mode"
+    return Candidate(name, wanted, reason)
+
+
+def _find(dev: str, inventory: Inventory) -> Pf | Vf | None:
+    """A PF or VF by its network device's name or its PCI address."""
+    nic = inventory.nic_named(dev)
+    pci = nic.pci if nic else None
+    if pci is None:
+        try:
+            pci = PciAddress.parse(dev)
+        except ValueError:
+            return None
+    return inventory.vf_at(pci) or inventory.pf_at(pci)
+
+
+def _vf(inventory: Inventory, pci: PciAddress | None) -> Vf:
+    vf = inventory.vf_at(pci) if pci else None
+    if vf is None:
+        raise Vanished(f"VF {pci} is gone; see: vnet-lock status")
+    return vf

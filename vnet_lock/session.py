@@ -1,0 +1,507 @@
+"""The only place with order: observe, plan, claim, journal, change, activate; and the same backwards.
+
+A crash anywhere leaves a claim that says what to undo; the next command that meets it does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from vnet_lock import backends, ports
+from vnet_lock.backends import Connection
+from vnet_lock.claims import ClaimTable, new_token
+from vnet_lock.combination import Backend, Port
+from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.journal import Entry, MadeLink
+from vnet_lock.kernel import processes
+from vnet_lock.kernel.kinship import Kinship
+from vnet_lock.kernel.observe import read_inventory
+from vnet_lock.locks import guard
+from vnet_lock.model import (
+    Assignment,
+    Claim,
+    Claims,
+    Fixed,
+    Form,
+    Intent,
+    Inventory,
+    Mode,
+    Owner,
+    OwnerKind,
+    PciAddress,
+    Plan,
+    Refusal,
+    RefusalKind,
+    Request,
+    Resource,
+    ResourceKind,
+    State,
+    UseKind,
+    Wanted,
+)
+from vnet_lock.planning import Situation, function_wanted, name_of, nic_wanted, plan
+from vnet_lock.ports import Job, Opened
+from vnet_lock.settings import DEFAULT, Settings
+from vnet_lock.undo import undo
+
+_RETRY_S = 0.05
+_HEAL_WAIT_S = 0.2
+# Evidence of what libvirt itself did for a guest that is about to run, or runs.
+_OF_LIBVIRT = frozenset(UseKind) - {UseKind.VFIO}
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one request got. ``opened`` is None where somebody else (libvirt) opens the device."""
+
+    assignment: Assignment
+    token: str
+    opened: Opened | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Healed:
+    """Claims of one interface whose owner is gone, and what of them could not be undone."""
+
+    claims: tuple[Claim, ...]
+    failures: tuple[str, ...] = ()
+
+
+class Session:
+    """Everything that a front does to claims and devices."""
+
+    def __init__(self, settings: Settings = DEFAULT) -> None:
+        self.settings = settings
+        self.table = ClaimTable(settings)
+        self._me = processes.this_process(settings)
+
+    # --- asking -------------------------------------------------------------------------------
+
+    def plan(self, requests: Iterable[Request], owner: Owner | None = None) -> Plan | Refusal:
+        """What would be done now; changes nothing."""
+        requests = tuple(requests)
+        claims = self.table.read()
+        stale = frozenset(claim.token for claim in claims.records if self._is_stale(claim))
+        situation = self._situation(self._observe(requests), owner, requests)
+        return plan(requests, replace(situation, claims=claims, stale=stale))
+
+    # --- taking -------------------------------------------------------------------------------
+
+    def acquire(self, owner: Owner, requests: Iterable[Request]) -> tuple[Grant, ...]:
+        """Claim what the requests need and make what they want: all or nothing.
+
+        What the same guest held before is undone and replaced, without a moment in which another could
+        take it. Raises Refused, Unsupported, BadInput, or VnetLockError where the kernel refuses.
+        """
+        requests = tuple(requests)
+        if not requests:
+            return ()
+        self._undo_earlier(owner)
+        inventory, reserved = self._reserve(owner, requests)
+        grants: list[Grant] = []
+        try:
+            for assignment, claims in reserved:
+                opened, journal = self._open(assignment, claims[0], inventory)
+                self._activate(claims[0].token, journal)
+                grants.append(Grant(assignment, claims[0].token, opened))
+        except BaseException:
+            # Also where a deadline or ^C cut it short: nothing may stay half-done.
+            for _, claims in reserved:
+                self._give_back(claims[0].token)
+            raise
+        return tuple(grants)
+
+    def connect(self, grant: Grant) -> Connection:
+        """Open what a QEMU of ours is handed for a grant; the caller owns the descriptors."""
+        combination, intent = grant.assignment.combination, grant.assignment.request
+        if combination is None or grant.opened is None or not isinstance(intent, Intent):
+            raise VnetLockError(f"{intent.interface}: nothing of ours to connect to")
+        backend = backends.find(combination.backend)
+        if backend is None:
+            raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
+        connection = backend.connect(self.settings, intent, grant.opened, combination)
+        assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
+        return connection
+
+    def adopt(self, owner: Owner, requests: Iterable[Request]) -> list[str]:
+        """Claim what libvirt itself set up for a guest that is about to run, or runs.
+
+        Only claims and VFIO descriptors of others count against it. Returns the resources that were
+        claimed anew; raises Refused where another guest has one.
+        """
+        requests = tuple(requests)
+        if not requests:
+            return []
+        self.heal()
+        inventory = self._observe(requests)
+        situation = replace(self._situation(inventory, owner, requests), ignored=_OF_LIBVIRT)
+        added: list[Claim] = []
+        with self.table.guarded() as writer:
+            claims = writer.read()
+            held = {claim.resource for claim in claims.of(owner)}
+            result = plan(requests, replace(situation, claims=claims))
+            if isinstance(result, Refusal):
+                raise _refusal_error(result)
+            for assignment in result.assignments:
+                missing = tuple(item for item in assignment.wanted if item.resource not in held)
+                added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+            writer.add(added)
+        return [claim.resource.text for claim in added]
+
+    def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
+        """Claim a resource for a process that uses it in its own way; nothing is changed or journalled."""
+        self.heal()
+        inventory = read_inventory(self.settings, [resource.name])
+        wanted = _wanted_for(inventory, resource, mode)
+        request = Fixed(interface, resource.pci or resource.name, Form.HOSTDEV)
+        situation = self._situation(inventory, owner)
+        with self.table.guarded() as writer:
+            claims = writer.read()
+            obstacle = replace(situation, claims=claims).obstacle(wanted)
+            if obstacle:
+                raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
+            held = {claim.resource for claim in claims.of(owner)}
+            if resource in held:
+                return next(claim for claim in claims.of(owner) if claim.resource == resource)
+            missing = tuple(item for item in wanted if item.resource not in held)
+            added = self._claims_for(owner, Assignment(request, None, missing), State.ACTIVE)
+            writer.add(added)
+        return added[0]
+
+    def hand_over(self, old: Owner, new: Owner) -> None:
+        """The same claims, held by another process from now on (a QEMU that became a daemon)."""
+        with self.table.guarded() as writer:
+            for claim in writer.read().of(old):
+                writer.replace(replace(claim, owner=new))
+
+    # --- giving back --------------------------------------------------------------------------
+
+    def release(self, owner: Owner, keep: Collection[str] = ()) -> None:
+        """Undo, wait until the devices are free, and drop the claims of a guest; again is no error.
+
+        ``keep`` names interfaces that stay. Carries on after a failure, and raises one VnetLockError
+        for all of them at the end.
+        """
+        claims = self.table.read().of(owner)
+        tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
+        failures = [failure for token in tokens for failure in self._give_back(token)]
+        if failures:
+            raise VnetLockError("; ".join(failures) + "; what is left to undo is kept: vnet-lock gc")
+
+    def release_resource(self, resource: Resource, force: bool = False) -> bool:
+        """Give back what is claimed on a resource; False where nothing is.
+
+        The claim of a guest that may still live takes ``force``; while the kernel shows that somebody
+        uses the device, not even that is enough.
+        """
+        claims = self.table.read()
+        inventory = read_inventory(self.settings, [resource.name])
+        situation = replace(self._situation(inventory), claims=claims)
+        for record in claims.damaged:
+            if record.resource == resource:
+                obstacle = situation.obstacle(_wanted_for(inventory, resource, Mode.EXCLUSIVE))
+                raise Refused(obstacle.message if obstacle else record.reason, resource=resource.text)
+        failures: list[str] = []
+        for claim in claims.on(resource):
+            by_hand = claim.owner.kind is OwnerKind.PROCESS
+            if not force and not by_hand and not self._is_stale(claim):
+                obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
+                message = (
+                    obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
+                )
+                raise Refused(f"{message}; stop the guest first, or add --force", resource=resource.text)
+            failures += self._wait_until_free((claim,), 0) or self._give_back(claim.token)
+        if failures:
+            raise Refused("; ".join(failures), resource=resource.text)
+        return bool(claims.on(resource))
+
+    def heal(self, dry_run: bool = False) -> list[Healed]:
+        """Undo and drop the claims whose owner is proven dead, and those left half given back."""
+        stale: dict[str, list[Claim]] = {}
+        for claim in self.table.read().records:
+            if self._is_stale(claim):
+                stale.setdefault(claim.token, []).append(claim)
+        if dry_run:
+            return [Healed(tuple(claims)) for claims in stale.values()]
+        # A process that is dead holds nothing any more: what is held still is held by another.
+        return [
+            Healed(tuple(claims), tuple(self._give_back(token, wait_s=_HEAL_WAIT_S)))
+            for token, claims in stale.items()
+        ]
+
+    def set_numvfs(self, pf: PciAddress, count: int) -> None:
+        """Change the number of a PF's VFs; Refused while one of them, or the PF as a whole, is in use.
+
+        The VFs that there are stay claimed while it happens, so that none is given out under it.
+        """
+        from vnet_lock.kernel import pci
+
+        self.heal()
+        inventory = read_inventory(self.settings, [pf.text])
+        found = inventory.pf_at(pf)
+        if found is None:
+            raise BadInput(f"there is no PF at {pf}; see: vnet-lock status")
+        if not 0 <= count <= found.totalvfs:
+            raise BadInput(f"PF {pf} can have 0 to {found.totalvfs} VFs, not {count}")
+        if count == found.numvfs:
+            return
+        owner = Owner(
+            OwnerKind.PROCESS, "vnet-lock vfs", processes.read_boot_id(self.settings), process=self._me
+        )
+        wanted = [Wanted(vf.resource, Mode.EXCLUSIVE, pf) for vf in found.vfs]
+        situation = self._situation(inventory, owner)
+        with self.table.guarded() as writer:
+            situation = replace(situation, claims=writer.read())
+            obstacle = situation.obstacle(wanted or [Wanted(found.resource, Mode.SHARED)])
+            if obstacle:
+                raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
+            request = Fixed("vfs", pf, Form.HOSTDEV)
+            added = self._claims_for(owner, Assignment(request, None, tuple(wanted)), State.ACTIVE)
+            writer.add(added)
+        try:
+            with self._pf_lock(pf):
+                pci.set_numvfs(self.settings, pf, count)
+        finally:
+            with self.table.guarded() as writer:
+                for claim in added:
+                    writer.drop(claim)
+
+    # --- the steps ----------------------------------------------------------------------------
+
+    def _observe(self, requests: tuple[Request, ...]) -> Inventory:
+        devices: list[str] = []
+        for request in requests:
+            devices += [str(request.device)] if isinstance(request, Fixed) else request.devs
+        return read_inventory(self.settings, devices)
+
+    def _situation(
+        self, inventory: Inventory, owner: Owner | None = None, requests: tuple[Request, ...] = ()
+    ) -> Situation:
+        """All that a decision stands on, but for the claims: those are read under the guard."""
+        kinship = Kinship(self.settings)
+        lacking: dict[Port | Backend, str] = {}
+        sources = {}
+        if any(isinstance(request, Intent) for request in requests):
+            for backend in Backend:
+                module = backends.find(backend)
+                lacking[backend] = module.missing(self.settings) if module else "not built in this version"
+            sources = {port: module.candidates for port in Port if (module := ports.find(port))}
+        return Situation(
+            inventory,
+            Claims(),
+            owner,
+            kinship.guest_pid,
+            kinship.is_own,
+            lacking={what: why for what, why in lacking.items() if why},
+            sources=sources,
+        )
+
+    def _reserve(
+        self, owner: Owner, requests: tuple[Request, ...]
+    ) -> tuple[Inventory, list[tuple[Assignment, list[Claim]]]]:
+        """Plan and write the claims under the guard; wait a while for what is just being released."""
+        deadline = time.monotonic() + self.settings.busy_wait_s
+        may_heal = True
+        while True:
+            inventory = self._observe(requests)
+            situation = self._situation(inventory, owner, requests)
+            with self.table.guarded() as writer:
+                claims = writer.read()
+                result = plan(requests, replace(situation, claims=claims))
+                if isinstance(result, Plan):
+                    reserved = [
+                        (assignment, self._claims_for(owner, assignment, State.RESERVED))
+                        for assignment in result.assignments
+                    ]
+                    writer.add(claim for _, made in reserved for claim in made)
+                    for claim in claims.of(owner):
+                        writer.drop(claim)
+                    return inventory, reserved
+            if may_heal and self.heal():
+                may_heal = False
+                continue
+            releasing = any(
+                claim.state is State.RELEASING
+                for claim in claims.records
+                if claim.resource == result.resource
+            )
+            if not releasing or time.monotonic() > deadline:
+                raise _refusal_error(result)
+            time.sleep(_RETRY_S)
+
+    def _claims_for(self, owner: Owner, assignment: Assignment, state: State) -> list[Claim]:
+        token = new_token()
+        return [
+            Claim(
+                resource=item.resource,
+                mode=item.mode,
+                state=state,
+                owner=owner,
+                token=token,
+                interface=assignment.request.interface,
+                since=time.time(),
+                combination=assignment.combination.text if assignment.combination else None,
+                mac=assignment.request.mac if isinstance(assignment.request, Fixed | Intent) else None,
+                pf=item.pf,
+                worker=self._me if state is State.RESERVED else None,
+            )
+            for item in assignment.wanted
+        ]
+
+    def _open(
+        self, assignment: Assignment, claim: Claim, inventory: Inventory
+    ) -> tuple[Opened | None, tuple[Entry, ...]]:
+        """Do what the assignment says; what libvirt does itself is only noted, to be put right later."""
+        request, device = assignment.request, assignment.device
+        if isinstance(request, Fixed):
+            whole = assignment.wanted[0].mode is Mode.EXCLUSIVE and device.pci is not None
+            if not whole or device.pci is None:
+                return None, ()
+            from vnet_lock.kernel.before import read_before
+
+            return None, read_before(self.settings, device.pci)
+        port = ports.find(assignment.combination.port) if assignment.combination else None
+        if port is None:
+            raise Unsupported(f"{request.interface}: nothing here can open {device}")
+        job = Job(self.settings, inventory, assignment, request, claim.token, self._journal_of(claim.token))
+        with self._pf_lock(assignment.wanted[0].pf):
+            opened = port.open_port(job)
+        assert isinstance(opened, Opened)  # noqa: S101 - a module's function has no static type
+        self._note_mac(claim.token, opened.mac)
+        return opened, ()
+
+    def _journal_of(self, token: str) -> Callable[[tuple[Entry, ...]], None]:
+        def journal(entries: tuple[Entry, ...]) -> None:
+            with self.table.guarded() as writer:
+                first = _first(writer.read(), token)
+                writer.replace(replace(first, journal=first.journal + entries))
+
+        return journal
+
+    def _note_mac(self, token: str, mac: str | None) -> None:
+        with self.table.guarded() as writer:
+            for claim in writer.read().with_token(token):
+                if claim.mac != mac:
+                    writer.replace(replace(claim, mac=mac))
+
+    def _activate(self, token: str, journal: tuple[Entry, ...]) -> None:
+        with self.table.guarded() as writer:
+            claims = writer.read()
+            first = _first(claims, token)
+            for claim in claims.with_token(token):
+                entries = claim.journal + (journal if claim == first else ())
+                writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
+
+    def _undo_earlier(self, owner: Owner) -> None:
+        """Undo what the same guest left from an earlier start, but hold on to it."""
+        tokens = dict.fromkeys(claim.token for claim in self.table.read().of(owner))
+        failures = [failure for token in tokens for failure in self._give_back(token, drop=False)]
+        if failures:
+            raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
+
+    def _give_back(self, token: str, drop: bool = True, wait_s: float | None = None) -> list[str]:
+        """Undo one interface's claims and drop them; return what could not be done, and keep them then."""
+        with self.table.guarded() as writer:
+            claims = writer.read().with_token(token)
+            worker = next((claim.worker for claim in claims if claim.worker), None)
+            if worker and worker != self._me and processes.is_alive(self.settings, worker):
+                return [f"{claims[0].resource} is being worked on by pid {worker.pid}"]
+            claims = tuple(replace(claim, state=State.RELEASING, worker=self._me) for claim in claims)
+            for claim in claims:
+                writer.replace(claim)
+        if not claims:
+            return []
+        failures = self._wait_until_free(claims, self.settings.free_wait_s if wait_s is None else wait_s)
+        if not failures:
+            with ExitStack() as stack:
+                for pf in sorted({claim.pf for claim in claims if claim.pf}):
+                    stack.enter_context(self._pf_lock(pf))
+                failures = [failure for claim in claims for failure in undo(self.settings, claim)]
+        with self.table.guarded() as writer:
+            for claim in writer.read().with_token(token):
+                if failures:
+                    writer.replace(replace(claim, worker=None))
+                elif drop:
+                    writer.drop(claim)
+                else:
+                    writer.replace(replace(claim, journal=()))
+        return failures
+
+    def _wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
+        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""
+        links = {
+            name
+            for claim in claims
+            for entry in claim.journal
+            if isinstance(entry, MadeLink)
+            for name in (entry.name, entry.final)
+        }
+        deadline = time.monotonic() + wait_s
+        while True:
+            inventory = read_inventory(self.settings, [claim.resource.name for claim in claims])
+            held = [
+                f"{name_of(claim.resource)} is still in use by {user.text}"
+                for claim in claims
+                for user in inventory.users_of(claim.resource)
+                if (claim.mode is Mode.EXCLUSIVE and user.kind in (UseKind.VFIO, UseKind.NAMESPACE))
+                or (user.kind is UseKind.UPPER and user.pid is not None and user.link in links)
+            ]
+            if not held or time.monotonic() > deadline:
+                return list(dict.fromkeys(held))
+            time.sleep(_RETRY_S)
+
+    def _is_stale(self, claim: Claim) -> bool:
+        """Whether nobody will give this claim back any more."""
+        if claim.worker is not None and processes.is_alive(self.settings, claim.worker):
+            return False
+        # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
+        if claim.state is not State.ACTIVE:
+            return True
+        return not processes.is_owner_alive(self.settings, claim.owner)
+
+    @contextmanager
+    def _pf_lock(self, pf: PciAddress | None) -> Iterator[None]:
+        if pf is None:
+            yield
+            return
+        path = self.settings.pf_lock_path(pf.text)
+        with guard(path, self.settings.pf_wait_s, f"PF {pf}"):
+            yield
+
+
+def _first(claims: Claims, token: str) -> Claim:
+    """The claim of an interface that has the journal."""
+    found = claims.with_token(token)
+    if not found:
+        raise VnetLockError("the claim that is being worked on is gone; was it released by hand?")
+    return min(found, key=lambda claim: claim.resource)
+
+
+def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[Wanted, ...]:
+    """The claims that using a resource takes; BadInput where there is no such device."""
+    pci = resource.pci
+    if pci is None:
+        nic = inventory.nic_named(resource.name)
+        if nic is None:
+            raise BadInput(f"there is no network device {resource.name!r}; see: ip link")
+        return nic_wanted(inventory, nic, mode)
+    is_vf = resource.kind is ResourceKind.VF
+    if (inventory.vf_at(pci) if is_vf else inventory.pf_at(pci)) is None:
+        raise BadInput(f"there is no {resource.kind.upper()} at {pci}; see: vnet-lock status")
+    if mode is Mode.SHARED and not is_vf:
+        return (Wanted(resource, mode),)
+    return function_wanted(inventory, pci)
+
+
+def _refusal_error(refusal: Refusal) -> VnetLockError:
+    match refusal.kind:
+        case RefusalKind.HELD:
+            resource = refusal.resource.text if refusal.resource else ""
+            return Refused(refusal.message, resource=resource, holder=refusal.holder)
+        case RefusalKind.INVALID:
+            return BadInput(refusal.message)
+        case RefusalKind.IMPOSSIBLE:
+            return Unsupported(refusal.message)

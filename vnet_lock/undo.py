@@ -1,0 +1,101 @@
+"""Carries a claim's journal out backwards. Each undo is idempotent: what is right already stays as it is."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from vnet_lock.errors import Vanished, VnetLockError
+from vnet_lock.journal import Driver, Entry, Link, MadeLink, VfAdmin
+from vnet_lock.kernel import before, pci, rtnetlink
+from vnet_lock.model import Claim, PciAddress
+from vnet_lock.settings import Settings
+
+
+def undo(settings: Settings, claim: Claim) -> list[str]:
+    """Undo what the claim's journal says, the last entry first, and return what could not be undone.
+
+    A device that is gone has nothing left to undo.
+    """
+    failures: list[str] = []
+    for entry in reversed(claim.journal):
+        try:
+            _undo_entry(settings, entry)
+        except Vanished:
+            continue
+        except VnetLockError as error:
+            failures.append(str(error))
+    return failures
+
+
+def _undo_entry(settings: Settings, entry: Entry) -> None:
+    match entry:
+        case MadeLink():
+            from vnet_lock.kernel import netlink
+
+            netlink.remove_link(entry.name, entry.alias)
+        case VfAdmin():
+            _restore_vf_admin(settings, entry)
+        case Driver():
+            _restore_driver(settings, entry)
+        case Link():
+            _restore_link(settings, entry)
+        case _ as never:
+            assert_never(never)
+
+
+def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:
+    netdev = before.read_netdev(settings, PciAddress.parse(saved.pf))
+    if netdev is None:
+        raise Vanished(f"PF {saved.pf} has no network device here")
+    info = rtnetlink.read_vf_admin(netdev).get(saved.index)
+    if info is None:
+        raise Vanished(f"PF {saved.pf} has no VF {saved.index}")
+    names = ("mac", "vlan", "qos", "spoofchk", "trust", "link_state", "min_tx_rate_mbps", "max_tx_rate_mbps")
+    changed = {
+        name: value
+        for name in names
+        if (value := getattr(saved, name)) is not None and value != getattr(info, name)
+    }
+    if not changed:
+        return
+    # These are set in pairs.
+    if {"vlan", "qos"} & changed.keys():
+        changed |= {"vlan": saved.vlan, "qos": saved.qos}
+    if {"min_tx_rate_mbps", "max_tx_rate_mbps"} & changed.keys():
+        changed |= {"min_tx_rate_mbps": saved.min_tx_rate_mbps, "max_tx_rate_mbps": saved.max_tx_rate_mbps}
+    from vnet_lock.kernel import netlink
+
+    netlink.set_vf(netdev, saved.index, **changed)
+
+
+def _restore_driver(settings: Settings, saved: Driver) -> None:
+    address = PciAddress.parse(saved.pci)
+    is_right = pci.read_driver(settings, address) == saved.driver
+    if not is_right:
+        pci.bind_driver(settings, address, saved.driver)
+    if pci.read_driver_override(settings, address) != saved.override:
+        pci.write_driver_override(settings, address, saved.override)
+
+
+def _restore_link(settings: Settings, saved: Link) -> None:
+    netdev = saved.device
+    if ":" in saved.device:
+        netdev = before.wait_for_netdev(settings, PciAddress.parse(saved.device))
+    now = before.read_link(settings, saved.device, netdev)
+    if now is None:
+        raise Vanished(f"{netdev} is gone")
+    if now == saved:
+        return
+    from vnet_lock.kernel import netlink
+
+    if now.up and not saved.up:
+        netlink.set_link(netdev, up=False)
+    netlink.set_link(
+        netdev,
+        mac=saved.mac if now.mac != saved.mac else None,
+        mtu=saved.mtu if now.mtu != saved.mtu else None,
+        allmulticast=saved.allmulticast if now.allmulticast != saved.allmulticast else None,
+        addrgenmode={0: "eui64", 1: "none"}.get(-1 if saved.addr_gen_mode is None else saved.addr_gen_mode),
+    )
+    if saved.up and not now.up:
+        netlink.set_link(netdev, up=True)
