@@ -61,13 +61,15 @@ class Audit:
     """The judgement on one host at one moment.
 
     ``states`` has an entry for each VF, PF and NIC of the inventory, and for each other thing claimed.
-    ``pids`` are the pids of the guests that have claims, None where a guest has none now.
+    ``pids`` are the pids of the guests that have claims, None where a guest has none now; ``stale`` are the
+    tokens of claims that nobody will give back.
     """
 
     inventory: Inventory
     states: Mapping[Resource, ResourceState]
     findings: tuple[Finding, ...] = ()
     pids: Mapping[Owner, int | None] = field(default_factory=dict)
+    stale: frozenset[str] = frozenset()
 
     @property
     def has_error(self) -> bool:
@@ -116,9 +118,10 @@ class _Auditor:
         self._find_damaged()
         self._find_orphans()
         self._find_same_macs()
-        owners = dict.fromkeys(claim.owner for claims in self.claims.values() for claim in claims)
-        pids = {owner: self.kinship.guest_pid(owner) for owner in owners}
-        return Audit(self.inventory, states, tuple(self.findings), pids)
+        everything = [claim for claims in self.claims.values() for claim in claims]
+        pids = {claim.owner: self.kinship.guest_pid(claim.owner) for claim in everything}
+        stale = frozenset(claim.token for claim in everything if not self.lives(claim))
+        return Audit(self.inventory, states, tuple(self.findings), pids, stale)
 
     def lives(self, claim: Claim) -> bool:
         """Whether somebody will still give this claim back; what session.heal takes away doesn't live."""
