@@ -74,7 +74,7 @@ def _restore_driver(settings: Settings, saved: Driver) -> None:
     if not is_right:
         pci.bind_driver(settings, address, saved.driver)
     if pci.read_driver_override(settings, address) != saved.override:
-        pci.write_driver_override(settings, address, saved.override)
+        pci.set_driver_override(settings, address, saved.override)
 
 
 def _restore_link(settings: Settings, saved: Link) -> None:

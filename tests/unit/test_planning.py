@@ -1,0 +1,346 @@
+"""Planning is pure: inventory and claims in, a plan or a refusal with every reason out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from vnet_lock import ports
+from vnet_lock.combination import Backend, Policy, Port
+from vnet_lock.model import (
+    Claim,
+    Claims,
+    Damaged,
+    Fixed,
+    Form,
+    Intent,
+    Inventory,
+    Mode,
+    Nic,
+    Owner,
+    OwnerKind,
+    PciAddress,
+    Pf,
+    Plan,
+    Process,
+    Refusal,
+    RefusalKind,
+    Request,
+    Resource,
+    State,
+    UseKind,
+    User,
+    Vf,
+)
+from vnet_lock.planning import Situation, plan
+
+PF_A, PF_B = PciAddress.parse("0000:01:00.0"), PciAddress.parse("0000:02:00.0")
+
+
+def owner(name: str) -> Owner:
+    return Owner(OwnerKind.LIBVIRT, name, "boot", uuid=f"uuid-{name}", process=Process(1, 1))
+
+
+WEB, DB = owner("web"), owner("db")
+
+
+def pf(pci: PciAddress, netdev: str, count: int, eswitch: str | None = None) -> Pf:
+    vfs = tuple(
+        Vf(
+            pci=PciAddress(0, pci.bus, 0x10 + index // 4, 2 * (index % 4)),
+            pf=pci,
+            index=index,
+            netdev=f"{netdev}v{index}",
+            driver="igbvf",
+            iommu_group=100 * pci.bus + index,
+        )
+        for index in range(count)
+    )
+    return Pf(pci, netdev, "igb", 100 * pci.bus + 99, count, 7, eswitch, vfs)
+
+
+def nic(netdev: str, pci: PciAddress | None = None, kind: str = "physical", **more: object) -> Nic:
+    return replace(Nic(netdev, 1, kind, "52:54:00:aa:00:01", 1500, up=True, pci=pci), **more)
+
+
+def host(*pfs: Pf, nics: tuple[Nic, ...] = (), **more: object) -> Inventory:
+    own = [nic(one.netdev, one.pci) for one in pfs if one.netdev]
+    own += [nic(vf.netdev, vf.pci) for one in pfs for vf in one.vfs if vf.netdev]
+    groups = {vf.iommu_group: (vf.pci,) for one in pfs for vf in one.vfs if vf.iommu_group is not None}
+    return replace(Inventory(pfs, (*own, *nics), {}, groups), **more)
+
+
+def claim(
+    who: Owner,
+    resource: Resource,
+    pf_pci: PciAddress | None = None,
+    mode: Mode = Mode.EXCLUSIVE,
+    combination: str | None = None,
+    mac: str | None = None,
+) -> Claim:
+    token = f"{abs(hash((who.name, resource))):016x}"[:16]
+    return Claim(resource, mode, State.ACTIVE, who, token, "net0", 0.0, combination, mac, pf_pci)
+
+
+def decide(
+    inventory: Inventory, *requests: Request, claims: tuple[Claim, ...] = (), **more: object
+) -> Plan | Refusal:
+    sources = {port: module.candidates for port in Port if (module := ports.find(port))}
+    situation = Situation(
+        inventory,
+        Claims(claims),
+        WEB,
+        pid_of=lambda who: 4711,
+        is_own=lambda who, pid: pid == 4711,
+        sources=sources,
+    )
+    return plan(requests, replace(situation, **more))
+
+
+def planned(result: Plan | Refusal) -> list[tuple[str, str]]:
+    assert isinstance(result, Plan), result
+    return [(one.combination.text if one.combination else "-", one.device.text) for one in result.assignments]
+
+
+def refused(result: Plan | Refusal, kind: RefusalKind = RefusalKind.HELD) -> str:
+    assert isinstance(result, Refusal), result
+    assert result.kind is kind
+    assert "\n" not in result.message
+    return result.message
+
+
+VFIO = Intent("net0", Policy.VEB, ("enp1",), (Port.SRIOV,), (Backend.VFIO,))
+VEPA = Intent("net0", Policy.VEPA, ("enp1",))
+
+
+def test_an_intent_takes_the_first_free_vf() -> None:
+    inventory = host(pf(PF_A, "enp1", 3))
+    first = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A)
+    result = decide(inventory, VFIO, claims=(first,))
+    assert planned(result) == [("veb-sriov-vfio", "vf:0000:01:10.2")]
+    assert isinstance(result, Plan)
+    assert 'held by guest "db"' in result.assignments[0].rejected[0].reason
+
+
+def test_a_vf_that_is_held_names_holder_and_next_step() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    vf = inventory.pfs[0].vfs[0]
+    message = refused(decide(inventory, VFIO, claims=(claim(DB, vf.resource, PF_A),)))
+    assert message.startswith('net0: VF 0000:01:10.0 is held by guest "db" (pid 4711) since ')
+    assert message.endswith("; see: vnet-lock show vf:0000:01:10.0")
+
+
+def test_the_pf_with_the_most_free_vfs_is_preferred() -> None:
+    inventory = host(pf(PF_A, "enp1", 2), pf(PF_B, "enp2", 2))
+    taken = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A)
+    both = replace(VFIO, devs=("enp1", "enp2"))
+    assert planned(decide(inventory, both)) == [("veb-sriov-vfio", "vf:0000:01:10.0")]
+    assert planned(decide(inventory, both, claims=(taken,))) == [("veb-sriov-vfio", "vf:0000:02:10.0")]
+
+
+def test_a_vf_that_is_named_is_the_only_candidate() -> None:
+    inventory = host(pf(PF_A, "enp1", 3))
+    named = replace(VFIO, devs=("0000:01:10.4",))
+    assert planned(decide(inventory, named)) == [("veb-sriov-vfio", "vf:0000:01:10.4")]
+    assert planned(decide(inventory, replace(VFIO, devs=("enp1v1",)))) == [
+        ("veb-sriov-vfio", "vf:0000:01:10.2")
+    ]
+
+
+def test_two_interfaces_of_one_guest_get_two_vfs() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    second = replace(VFIO, interface="net1")
+    assert [device for _, device in planned(decide(inventory, VFIO, second))] == [
+        "vf:0000:01:10.0",
+        "vf:0000:01:10.2",
+    ]
+    message = refused(
+        decide(inventory, VFIO, second, replace(VFIO, interface="net2")), RefusalKind.IMPOSSIBLE
+    )
+    assert "another interface of this guest" in message
+
+
+def test_a_fixed_vf_is_not_given_to_another_interface_of_the_guest() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    fixed = Fixed("hostdev0", inventory.pfs[0].vfs[0].pci, Form.HOSTDEV)
+    assert planned(decide(inventory, VFIO, fixed)) == [
+        ("veb-sriov-vfio", "vf:0000:01:10.2"),
+        ("veb-sriov-vfio", "vf:0000:01:10.0"),
+    ]
+    message = refused(decide(inventory, fixed, replace(fixed, interface="hostdev1")), RefusalKind.INVALID)
+    assert "named twice" in message
+
+
+def test_without_a_port_a_macvlan_is_used_and_shared() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    other = claim(DB, Resource.pf(PF_A), mode=Mode.SHARED)
+    result = decide(inventory, VEPA, claims=(other,))
+    assert planned(result) == [("vepa-macvlan-tap+vhost", "pf:0000:01:00.0")]
+    assert isinstance(result, Plan)
+    assert result.assignments[0].wanted[0].mode is Mode.SHARED
+
+
+def test_what_the_host_lacks_is_passed_over_with_its_reason() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    result = decide(inventory, VEPA, lacking={Backend.TAP_VHOST: "no vhost here"})
+    assert planned(result) == [("vepa-macvlan-tap", "pf:0000:01:00.0")]
+    assert isinstance(result, Plan)
+    assert [rejection.reason for rejection in result.assignments[0].rejected][:1] == ["no vhost here"]
+
+
+def test_a_whole_pf_waits_for_its_vfs_and_the_vfs_for_it() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    whole = Fixed("net0", PF_A, Form.HOSTDEV)
+    vf = claim(DB, inventory.pfs[0].vfs[1].resource, PF_A)
+    assert "VF 0000:01:10.2 is held" in refused(decide(inventory, whole, claims=(vf,)))
+    held = claim(DB, Resource.pf(PF_A))
+    assert "PF 0000:01:00.0 is held" in refused(decide(inventory, VFIO, claims=(held,)))
+    assert "PF 0000:01:00.0 is held" in refused(decide(inventory, VEPA, claims=(held,)))
+
+
+def test_the_same_guests_claim_is_no_conflict() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    own = claim(WEB, inventory.pfs[0].vfs[0].resource, PF_A)
+    assert planned(decide(inventory, VFIO, claims=(own,))) == [("veb-sriov-vfio", "vf:0000:01:10.0")]
+
+
+def test_a_vf_in_use_without_a_claim_is_not_given_out() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    vf = inventory.pfs[0].vfs[0]
+    inventory = replace(inventory, users={vf.resource: (User(99, "qemu", "vfio", UseKind.VFIO),)})
+    message = refused(decide(inventory, VFIO))
+    assert "in use without a claim" in message
+    assert "pid 99" in message
+    fixed = Fixed("net0", vf.pci, Form.HOSTDEV)
+    assert "pid 99" in refused(decide(inventory, fixed))
+
+
+def test_foreign_use_of_a_vf_keeps_the_whole_pf_from_being_given_out() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    vf = inventory.pfs[0].vfs[0]
+    inventory = replace(inventory, users={vf.resource: (User(99, "qemu", "vfio", UseKind.VFIO),)})
+    assert "pid 99" in refused(decide(inventory, Fixed("net0", "enp1", Form.PASSTHRU)))
+    assert planned(decide(inventory, VEPA)) == [("vepa-macvlan-tap+vhost", "pf:0000:01:00.0")]
+
+
+def test_an_iommu_group_is_given_out_whole() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    first, second = inventory.pfs[0].vfs
+    inventory = replace(inventory, iommu_groups={100: (first.pci, second.pci)})
+    result = decide(inventory, VFIO)
+    assert isinstance(result, Plan)
+    assert [item.resource for item in result.assignments[0].wanted] == [first.resource, second.resource]
+    sibling = claim(DB, second.resource, PF_A)
+    one_vf = replace(VFIO, devs=(first.pci.text,))
+    assert "VF 0000:01:10.2 is held" in refused(decide(inventory, one_vf, claims=(sibling,)))
+
+
+def test_a_claim_on_a_bond_is_a_share_of_what_is_below() -> None:
+    bond = nic("bond0", kind="bond", lowers=("enp1",))
+    inventory = host(pf(PF_A, "enp1", 1), nics=(bond,))
+    on_bond = replace(VEPA, devs=("bond0",))
+    result = decide(inventory, on_bond)
+    assert isinstance(result, Plan)
+    assert [(item.resource.text, item.mode) for item in result.assignments[0].wanted] == [
+        ("nic:bond0", Mode.SHARED),
+        ("pf:0000:01:00.0", Mode.SHARED),
+    ]
+    assert "PF 0000:01:00.0 is held" in refused(
+        decide(inventory, on_bond, claims=(claim(DB, Resource.pf(PF_A)),))
+    )
+
+
+def test_a_vf_is_never_shared_whatever_stands_on_it() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    for form in (Form.BRIDGE, Form.VEPA, Form.PRIVATE, Form.PASSTHRU):
+        result = decide(inventory, Fixed("net0", "enp1v0", form))
+        assert isinstance(result, Plan)
+        assert result.assignments[0].wanted[0].mode is Mode.EXCLUSIVE
+
+
+def test_two_guests_with_one_mac_on_one_device_are_refused() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    mac = "52:54:00:00:00:09"
+    other = claim(DB, Resource.pf(PF_A), mode=Mode.SHARED, mac=mac)
+    assert "give each guest its own" in refused(decide(inventory, replace(VEPA, mac=mac), claims=(other,)))
+
+
+def test_the_policy_must_agree_with_the_embedded_switch() -> None:
+    veb, vepa = host(pf(PF_A, "enp1", 1, "veb")), host(pf(PF_A, "enp1", 1, "vepa"))
+    wants_vepa = replace(VFIO, policy=Policy.VEPA)
+    assert "veb mode" in refused(decide(veb, wants_vepa), RefusalKind.IMPOSSIBLE)
+    assert "vepa mode" in refused(decide(vepa, VFIO), RefusalKind.IMPOSSIBLE)
+    assert planned(decide(vepa, wants_vepa)) == [("vepa-sriov-vfio", "vf:0000:01:10.0")]
+
+
+def test_a_private_vf_is_alone_on_its_pf() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    private = replace(VFIO, policy=Policy.PRIVATE)
+    neighbour = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A, combination="veb-sriov-vfio")
+    assert "alone" in refused(decide(inventory, replace(private, devs=("enp1v1",)), claims=(neighbour,)))
+    hermit = replace(neighbour, combination="private-sriov-vfio")
+    assert "alone" in refused(decide(inventory, replace(VFIO, devs=("enp1v1",)), claims=(hermit,)))
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (
+            Fixed("hostdev0", PciAddress.parse("0000:09:00.0"), Form.HOSTDEV),
+            "no network device at 0000:09:00.0",
+        ),
+        (Fixed("net0", "eth9", Form.VEPA), "no network device 'eth9'"),
+        (replace(VEPA, devs=("eth9",), ports=(Port.MACVLAN,)), "no network device 'eth9'"),
+        (replace(VFIO, devs=("enp3",)), "has no VFs yet; run: vnet-lock vfs enp3 7"),
+        (replace(VFIO, devs=("eth0",)), "no SR-IOV network device 'eth0'"),
+        (replace(VEPA, devs=("br0",), ports=(Port.MACVLAN,)), "is a bridge"),
+        (replace(VEPA, devs=("eth1",), ports=(Port.MACVLAN,)), "port of bridge br0"),
+        (replace(VEPA, devs=("eth2",), ports=(Port.MACVLAN,)), "is down"),
+        (replace(VEPA, vlan=5, ports=(Port.MACVLAN,)), "VLAN"),
+    ],
+)
+def test_what_cannot_be_says_why(request_: Request, words: str) -> None:
+    empty = replace(pf(PciAddress.parse("0000:03:00.0"), "enp3", 0), totalvfs=7)
+    nics = (
+        nic("eth0"),
+        nic("br0", kind="bridge", lowers=("eth1",)),
+        nic("eth1", master="br0"),
+        nic("eth2", up=False),
+    )
+    message = refused(decide(host(pf(PF_A, "enp1", 1), empty, nics=nics), request_), RefusalKind.IMPOSSIBLE)
+    assert words in message
+
+
+def test_a_combination_that_does_not_exist_is_bad_input() -> None:
+    request = Intent("net0", Policy.NAT, ("enp1",), (Port.SRIOV,), (Backend.VFIO,))
+    assert "it goes with" in refused(decide(host(pf(PF_A, "enp1", 1)), request), RefusalKind.INVALID)
+
+
+def test_a_plain_hostdev_that_is_no_network_device_is_none_of_ours() -> None:
+    gpu = Fixed("hostdev0", PciAddress.parse("0000:09:00.0"), Form.HOSTDEV, is_interface=False)
+    assert planned(decide(host(pf(PF_A, "enp1", 1)), gpu)) == []
+
+
+def test_a_damaged_record_counts_as_held() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    vf = inventory.pfs[0].vfs[0].resource
+    claims = Claims(damaged=(Damaged("claims/x.json", "it is cut short", vf),))
+    message = refused(_with(inventory, claims))
+    assert "claims/x.json" in message
+    assert "cut short" in message
+
+
+def _with(inventory: Inventory, claims: Claims) -> Plan | Refusal:
+    sources = {port: module.candidates for port in Port if (module := ports.find(port))}
+    situation = Situation(
+        inventory, claims, WEB, pid_of=lambda who: None, is_own=lambda who, pid: False, sources=sources
+    )
+    return plan([VFIO], situation)
+
+
+def test_a_stale_claim_does_not_count_in_a_preview() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    dead = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A)
+    result = decide(inventory, VFIO, claims=(dead,), stale=frozenset({dead.token}))
+    assert planned(result) == [("veb-sriov-vfio", "vf:0000:01:10.0")]
