@@ -1,0 +1,164 @@
+"""The command vnet-lock: its arguments, exit codes and the one place that turns errors into them.
+
+What the verbs do is in front/verbs.py. Prints no traceback but for a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse  # 10 ms; no hook loads this module
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from vnet_lock.combination import Policy, Port
+from vnet_lock.errors import VnetLockError
+from vnet_lock.model import Resource
+from vnet_lock.settings import DEFAULT, Settings
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:
+    """Run one command and return its exit code; argparse exits by itself with 2 on bad usage."""
+    args = _parser().parse_args(argv)
+    try:
+        from vnet_lock.front import verbs
+
+        run: Callable[[Settings, argparse.Namespace], int] = getattr(verbs, args.verb)
+        code = run(settings, args)
+        sys.stdout.flush()
+    except VnetLockError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Who read our output has enough of it; what is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except PermissionError as error:
+        return _fail(
+            f"{error.filename or 'the kernel'}: {error.strerror}; run as root", VnetLockError.exit_code
+        )
+    return code
+
+
+def _fail(message: str, code: int) -> int:
+    """One line on stderr, whatever a name in it contains."""
+    line = " ".join(message.split())
+    shown = "".join(each if each.isprintable() else "?" for each in line)
+    print(f"vnet-lock: {shown}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vnet-lock",
+        description="Who uses which SR-IOV virtual function, and that no two guests use the same.",
+        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 an audit found an error, "
+        "4 refused (held by another), 5 this host can't do it.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    add = _Verbs(parser)
+
+    verb = add("status", "PFs, VFs, their owners, and what is wrong")
+    verb.add_argument("devices", nargs="*", metavar="PF", help="only these (names or PCI addresses)")
+    _add_json(verb)
+    verb.add_argument("--watch", action="store_true", help="show it again when it changes, until ^C")
+
+    verb = add("show", "one resource: its claim, journal and observed users")
+    _add_resource(verb)
+    _add_json(verb)
+
+    _add_plan_arguments(add("plan", "what a guest would get, and why not something better; changes nothing"))
+
+    verb = add("claim", "claim a resource for a process, for as long as it lives")
+    _add_resource(verb)
+    verb.add_argument("--pid", type=_positive, required=True, help="the process that uses it")
+    verb.add_argument("--shared", action="store_true", help="others may share it (a PF or NIC)")
+    verb.add_argument("--name", help="what to call the owner (default: the process's command)")
+
+    verb = add("release", "give back what is claimed on a resource, and undo what was changed for it")
+    _add_resource(verb)
+    verb.add_argument("--force", action="store_true", help="even if its owner lives")
+
+    verb = add("gc", "heal claims whose owner is proven dead")
+    verb.add_argument("--dry-run", action="store_true", help="only say which")
+    _add_json(verb)
+
+    verb = add("vfs", "show or change the number of a PF's VFs; refused while one of them is in use")
+    verb.add_argument("pf", metavar="PF", help="its name or PCI address")
+    verb.add_argument("count", metavar="N", nargs="?", type=_natural, help="the new number (sriov_numvfs)")
+
+    verb = add("hooks", "libvirt's hooks: put ours there, take them away, or look")
+    verb.add_argument("action", choices=("install", "remove", "status"))
+    return parser
+
+
+class _Verbs:
+    """Adds verbs to the parser; each one's function is verbs.VERB."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        self._verbs = parser.add_subparsers(title="commands", dest="verb", required=True, metavar="COMMAND")
+
+    def __call__(self, name: str, text: str) -> argparse.ArgumentParser:
+        return self._verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for: importlib.metadata costs 20 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"vnet-lock {version('vnet-lock')}")
+        parser.exit()
+
+
+def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("guest", metavar="GUEST.xml", nargs="?", help="libvirt's domain XML (- for stdin)")
+    verb.add_argument("--mode", help=f"the policy: {', '.join(Policy)} (bridge is veb)")
+    verb.add_argument("--dev", action="append", help="a network device or PCI address; several in order")
+    verb.add_argument("--port", help=f"the kernel implementation: {', '.join(Port)}")
+    verb.add_argument("--protocols", metavar="A:B:C", help="of tap, socket, vhost, vfio, user, in order")
+    verb.add_argument("--vlan", help="a VLAN, 1 to 4094")
+    verb.add_argument("--mac", help="the guest's MAC address")
+    _add_json(verb)
+
+
+def _add_json(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_resource(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "resource",
+        metavar="RESOURCE",
+        type=_resource,
+        help="vf:0000:af:06.0, pf:0000:af:00.0 or nic:bond0",
+    )
+
+
+def _resource(text: str) -> Resource:
+    try:
+        return Resource.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _natural(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    number = _natural(text)
+    if number == 0:
+        raise argparse.ArgumentTypeError("0 is no process")
+    return number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

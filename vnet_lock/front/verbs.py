@@ -1,0 +1,288 @@
+"""What each verb of vnet-lock does: one function each, named like it. Prints; raises VnetLockError."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from argparse import Namespace
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vnet_lock.errors import BadInput, Unsupported, VnetLockError
+from vnet_lock.front import report, report_json
+from vnet_lock.model import (
+    Inventory,
+    Mode,
+    Owner,
+    OwnerKind,
+    PciAddress,
+    Pf,
+    Plan,
+    RefusalKind,
+    Request,
+    Resource,
+)
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.audit import Audit
+
+AUDIT_ERROR = 3
+REFUSED = 4
+_WATCH_S = 1.0
+# How often a host is looked at again that changes while we look.
+_MOST_LOOKS = 5
+
+
+def status(settings: Settings, args: Namespace) -> int:
+    """PFs, VFs, owners, findings; AUDIT_ERROR where something is an error."""
+    devices = args.devices or None
+    if os.geteuid() != 0:
+        print("vnet-lock: without root, what other users' processes use is not seen", file=sys.stderr)
+    if not args.watch:
+        found = _look(settings, devices)
+        print(_status_output(settings, found, args.json))
+        return AUDIT_ERROR if found.has_error else 0
+    shown = None
+    while True:
+        output = _status_output(settings, _look(settings, devices), args.json)
+        if output != shown:
+            home = "\033[H\033[2J" if sys.stdout.isatty() and not args.json else ""
+            print(home + output, flush=True)
+            shown = output
+        time.sleep(_WATCH_S)
+
+
+def show(settings: Settings, args: Namespace) -> int:
+    """One resource: claims, journal, users, findings."""
+    resource: Resource = args.resource
+    found = _look(settings, [resource.name], must_exist=False)
+    known = resource in found.states or any(one.resource == resource.text for one in found.findings)
+    if not known:
+        raise BadInput(f"there is no {resource} here, and nothing claims it; see: vnet-lock status")
+    if args.json:
+        print(_dumps(report_json.show_json(found, resource)))
+    else:
+        print(report.show_text(found, resource, _style(sys.stdout)))
+    return 0
+
+
+def plan(settings: Settings, args: Namespace) -> int:
+    """What would be done; the exit code is that of a refusal."""
+    from vnet_lock.session import Session
+
+    owner, requests = _read_requests(settings, args)
+    found = Session(settings).plan(requests, owner)
+    print(_dumps(report_json.plan_json(found)) if args.json else report.plan_text(found))
+    if isinstance(found, Plan):
+        return 0
+    if not args.json:
+        print(f"vnet-lock: {found.message}", file=sys.stderr)
+    codes = {
+        RefusalKind.HELD: REFUSED,
+        RefusalKind.IMPOSSIBLE: Unsupported.exit_code,
+        RefusalKind.INVALID: BadInput.exit_code,
+    }
+    return codes[found.kind]
+
+
+def claim(settings: Settings, args: Namespace) -> int:
+    """Claim for another process."""
+    from vnet_lock.kernel.processes import read_boot_id, read_command, read_process
+    from vnet_lock.session import Session
+
+    process = read_process(settings, args.pid)
+    if process is None:
+        raise BadInput(f"there is no process {args.pid}; --pid is the process that uses {args.resource}")
+    name = args.name or read_command(settings, args.pid) or "process"
+    owner = Owner(OwnerKind.PROCESS, name, read_boot_id(settings), process=process)
+    made = Session(settings).claim(owner, args.resource, Mode.SHARED if args.shared else Mode.EXCLUSIVE)
+    print(f"{made.resource} is claimed ({made.mode}) for {made.owner.text} while it lives")
+    return 0
+
+
+def release(settings: Settings, args: Namespace) -> int:
+    """Give back by hand."""
+    from vnet_lock.session import Session
+
+    done = Session(settings).release_resource(args.resource, args.force)
+    print(f"{args.resource} is released" if done else f"nothing is claimed on {args.resource}")
+    return 0
+
+
+def gc(settings: Settings, args: Namespace) -> int:
+    """Heal what is proven stale; 1 where something can't be undone."""
+    from vnet_lock.session import Session
+
+    healed = Session(settings).heal(dry_run=args.dry_run)
+    failures = [failure for one in healed for failure in one.failures]
+    if args.json:
+        names = [
+            {
+                "resources": [each.resource.text for each in one.claims],
+                "owner": one.claims[0].owner.name,
+                "failures": list(one.failures),
+            }
+            for one in healed
+        ]
+        print(_dumps({"version": report_json.VERSION, "dry_run": args.dry_run, "healed": names}))
+    else:
+        for one in healed:
+            what = ", ".join(each.resource.text for each in one.claims)
+            verb = "would heal" if args.dry_run else "could not heal" if one.failures else "healed"
+            print(f"{verb} {what}: left by {one.claims[0].owner.text}")
+        if not healed:
+            print("nothing is stale")
+    if failures:
+        raise VnetLockError("; ".join(failures) + "; the claims stay until it can be undone")
+    return 0
+
+
+def vfs(settings: Settings, args: Namespace) -> int:
+    """Show or change the number of VFs."""
+    pf = _find_pf(_look(settings, [args.pf]).inventory, args.pf)
+    if args.count is not None:
+        from vnet_lock.session import Session
+
+        Session(settings).set_numvfs(pf.pci, args.count)
+    found = _look(settings, [args.pf])
+    print(report.vfs_text(found, _find_pf(found.inventory, args.pf), _style(sys.stdout)))
+    return 0
+
+
+def hooks(settings: Settings, args: Namespace) -> int:
+    """Our files among libvirt's hooks; ``status`` fails where they aren't as they should be."""
+    from vnet_lock.front import hooks_install
+
+    if args.action == "status":
+        files = hooks_install.read_status(settings)
+        for file in files:
+            print(f"{file.state:<9}  {file.path}")
+        return 0 if all(file.state == "installed" for file in files) else 1
+    act = hooks_install.install if args.action == "install" else hooks_install.remove
+    for line in act(settings):
+        print(line)
+    return 0
+
+
+# --- looking --------------------------------------------------------------------------------------
+
+
+def _look(settings: Settings, devices: list[str] | None, must_exist: bool = True) -> Audit:
+    """Observe and judge; BadInput where one of the devices isn't there.
+
+    A claim that comes or goes between the two readings would look like a stranger's use: look again then.
+    """
+    from vnet_lock.audit import audit
+    from vnet_lock.claims import ClaimTable
+    from vnet_lock.kernel.observe import read_inventory
+
+    table = ClaimTable(settings)
+    for _ in range(_MOST_LOOKS):
+        stamp = _changed_at(settings)
+        claims = table.read()
+        inventory = read_inventory(settings, devices)
+        if _changed_at(settings) == stamp:
+            break
+    for device in devices or () if must_exist else ():
+        _find_pf(inventory, device)
+    return audit(settings, inventory, claims, whole=devices is None)
+
+
+def _changed_at(settings: Settings) -> int:
+    """When a claim was last written or dropped: each does it by a rename or unlink in the directory."""
+    try:
+        return os.stat(settings.claims_dir).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _find_pf(inventory: Inventory, device: str) -> Pf:
+    found = next((pf for pf in inventory.pfs if device in (pf.netdev, pf.pci.text)), None)
+    if found is None and not device.isidentifier():
+        with suppress(ValueError):
+            found = inventory.pf_at(PciAddress.parse(device))
+    if found is None:
+        raise BadInput(f"{device} is no PF here; see: vnet-lock status")
+    return found
+
+
+def _status_output(settings: Settings, found: Audit, as_json: bool) -> str:
+    if not as_json:
+        return report.status_text(found, _style(sys.stdout))
+    from vnet_lock.kernel.processes import read_boot_id
+
+    return _dumps(report_json.status_json(found, os.uname().nodename, read_boot_id(settings)))
+
+
+def _style(stream: TextIO) -> report.Style:
+    if not stream.isatty():
+        return report.PLAIN
+    return report.Style(
+        colour=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
+        width=max(os.get_terminal_size(stream.fileno()).columns, 40),
+    )
+
+
+def _dumps(value: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(value, indent=2)
+
+
+# --- what is to be planned ------------------------------------------------------------------------
+
+
+def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, tuple[Request, ...]]:
+    words = [args.mode, args.dev, args.port, args.protocols, args.vlan, args.mac]
+    if args.guest is not None:
+        if any(word is not None for word in words):
+            raise BadInput("plan takes a GUEST.xml or --mode and --dev, not both")
+        return _read_guest(settings, args.guest)
+    if args.mode is None or args.dev is None:
+        raise BadInput("plan needs a GUEST.xml, or --mode and --dev; see: vnet-lock plan --help")
+    return None, _read_words(args)
+
+
+def _read_words(args: Namespace) -> tuple[Request, ...]:
+    """As ``-netdev host`` takes them, so that both understand the same."""
+    from vnet_lock.qemu_argv import read_argv
+
+    words = {
+        "mode": [args.mode],
+        "dev": args.dev,
+        "port": [args.port],
+        "protocols": [args.protocols],
+        "vlan": [args.vlan],
+        "mac": [args.mac],
+    }
+    pairs = [
+        f"{key}={value.replace(',', ',,')}"
+        for key, values in words.items()
+        for value in values
+        if value is not None
+    ]
+    network = ",".join(["host", "id=net0", *pairs])
+    try:
+        return read_argv(["-netdev", network]).intents
+    except BadInput as error:
+        raise BadInput(str(error).removeprefix(f"-netdev {network}: ")) from error
+
+
+def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...]]:
+    from vnet_lock.domain_xml import SIZE_LIMIT_BYTES, read_guest
+    from vnet_lock.kernel.processes import read_boot_id
+
+    try:
+        if path == "-":
+            xml = sys.stdin.buffer.read(SIZE_LIMIT_BYTES + 1)
+        else:
+            with open(path, "rb") as file:
+                xml = file.read(SIZE_LIMIT_BYTES + 1)
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from error
+    guest = read_guest(xml)
+    if not guest.uuid:
+        return None, guest.requests
+    return Owner(OwnerKind.LIBVIRT, guest.name, read_boot_id(settings), uuid=guest.uuid), guest.requests
