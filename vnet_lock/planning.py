@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import assert_never
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
+from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.model import (
     Assignment,
     Claim,
@@ -68,15 +70,17 @@ class Situation:
     stale: frozenset[str] = frozenset()
     lacking: Mapping[Port | Backend, str] = field(default_factory=dict)
     sources: Mapping[Port, Source] = field(default_factory=dict)
+    # Whether what the guest has already stays with it, so that none of it is given to it again.
+    beside: bool = False
     # Evidence of use that doesn't count: what libvirt did for a guest that it is starting.
     ignored: frozenset[UseKind] = frozenset()
 
     def others(self) -> Iterator[Claim]:
-        """Living claims of other guests."""
+        """Living claims that are not to be replaced by what is being planned: those of other guests."""
         for claim in self.claims.records:
-            if claim.token in self.stale or (self.owner and claim.owner.is_same_guest(self.owner)):
-                continue
-            yield claim
+            own = self.owner is not None and claim.owner.is_same_guest(self.owner) and not self.beside
+            if claim.token not in self.stale and not own:
+                yield claim
 
     def obstacle(
         self, wanted: Iterable[Wanted], mac: str | None = None, is_private: bool = False
@@ -181,6 +185,20 @@ def plan(requests: Iterable[Request], situation: Situation) -> Plan | Refusal:
         if found is not None:
             taken[request] = found
     return Plan(tuple(taken[request] for request in requests if request in taken))
+
+
+def error_of(refusal: Refusal) -> VnetLockError:
+    """A refusal as the error to raise."""
+    match refusal.kind:
+        case RefusalKind.HELD:
+            resource = refusal.resource.text if refusal.resource else ""
+            return Refused(refusal.message, resource=resource, holder=refusal.holder)
+        case RefusalKind.INVALID:
+            return BadInput(refusal.message)
+        case RefusalKind.IMPOSSIBLE:
+            return Unsupported(refusal.message)
+        case _ as never:
+            assert_never(never)
 
 
 # --- a device that the guest names --------------------------------------------------------------

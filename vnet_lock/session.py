@@ -34,7 +34,6 @@ from vnet_lock.model import (
     PciAddress,
     Plan,
     Refusal,
-    RefusalKind,
     Request,
     Resource,
     ResourceKind,
@@ -42,7 +41,7 @@ from vnet_lock.model import (
     UseKind,
     Wanted,
 )
-from vnet_lock.planning import Situation, function_wanted, name_of, nic_wanted, plan
+from vnet_lock.planning import Situation, error_of, function_wanted, name_of, nic_wanted, plan
 from vnet_lock.ports import Job, Opened
 from vnet_lock.settings import DEFAULT, Settings
 from vnet_lock.undo import undo
@@ -90,17 +89,19 @@ class Session:
 
     # --- taking -------------------------------------------------------------------------------
 
-    def acquire(self, owner: Owner, requests: Iterable[Request]) -> tuple[Grant, ...]:
+    def acquire(self, owner: Owner, requests: Iterable[Request], beside: bool = False) -> tuple[Grant, ...]:
         """Claim what the requests need and make what they want: all or nothing.
 
         What the same guest held before is undone and replaced, without a moment in which another could
-        take it. Raises Refused, Unsupported, BadInput, or VnetLockError where the kernel refuses.
+        take it; with ``beside`` it stays, and what is new comes to it. Raises Refused, Unsupported,
+        BadInput, or VnetLockError where the kernel refuses.
         """
         requests = tuple(requests)
         if not requests:
             return ()
-        self._undo_earlier(owner)
-        inventory, reserved = self._reserve(owner, requests)
+        if not beside:
+            self._undo_earlier(owner)
+        inventory, reserved = self._reserve(owner, requests, beside)
         grants: list[Grant] = []
         try:
             for assignment, claims in reserved:
@@ -144,7 +145,7 @@ class Session:
             held = {claim.resource for claim in claims.of(owner)}
             result = plan(requests, replace(situation, claims=claims))
             if isinstance(result, Refusal):
-                raise _refusal_error(result)
+                raise error_of(result)
             for assignment in result.assignments:
                 missing = tuple(item for item in assignment.wanted if item.resource not in held)
                 added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
@@ -187,9 +188,11 @@ class Session:
         """
         claims = self.table.read().of(owner)
         tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        failures = [failure for token in tokens for failure in self._give_back(token)]
-        if failures:
-            raise VnetLockError("; ".join(failures) + "; what is left to undo is kept: vnet-lock gc")
+        self._give_back_all(tokens)
+
+    def give_back(self, grants: Iterable[Grant]) -> None:
+        """Undo and drop what these grants are about, and nothing else that the guest has."""
+        self._give_back_all(grant.token for grant in grants)
 
     def release_resource(self, resource: Resource, force: bool = False) -> bool:
         """Give back what is claimed on a resource; False where nothing is.
@@ -300,14 +303,14 @@ class Session:
         )
 
     def _reserve(
-        self, owner: Owner, requests: tuple[Request, ...]
+        self, owner: Owner, requests: tuple[Request, ...], beside: bool
     ) -> tuple[Inventory, list[tuple[Assignment, list[Claim]]]]:
         """Plan and write the claims under the guard; wait a while for what is just being released."""
         deadline = time.monotonic() + self.settings.busy_wait_s
         may_heal = True
         while True:
             inventory = self._observe(requests)
-            situation = self._situation(inventory, owner, requests)
+            situation = replace(self._situation(inventory, owner, requests), beside=beside)
             with self.table.guarded() as writer:
                 claims = writer.read()
                 result = plan(requests, replace(situation, claims=claims))
@@ -317,7 +320,7 @@ class Session:
                         for assignment in result.assignments
                     ]
                     writer.add(claim for _, made in reserved for claim in made)
-                    for claim in claims.of(owner):
+                    for claim in () if beside else claims.of(owner):
                         writer.drop(claim)
                     return inventory, reserved
             if may_heal and self.heal():
@@ -329,7 +332,7 @@ class Session:
                 if claim.resource == result.resource
             )
             if not releasing or time.monotonic() > deadline:
-                raise _refusal_error(result)
+                raise error_of(result)
             time.sleep(_RETRY_S)
 
     def _claims_for(self, owner: Owner, assignment: Assignment, state: State) -> list[Claim]:
@@ -401,6 +404,11 @@ class Session:
         failures = [failure for token in tokens for failure in self._give_back(token, drop=False)]
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
+
+    def _give_back_all(self, tokens: Iterable[str]) -> None:
+        failures = [failure for token in tokens for failure in self._give_back(token)]
+        if failures:
+            raise VnetLockError("; ".join(failures) + "; what is left to undo is kept: vnet-lock gc")
 
     def _give_back(self, token: str, drop: bool = True, wait_s: float | None = None) -> list[str]:
         """Undo one interface's claims and drop them; return what could not be done, and keep them then."""
@@ -494,14 +502,3 @@ def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[W
     if mode is Mode.SHARED and not is_vf:
         return (Wanted(resource, mode),)
     return function_wanted(inventory, pci)
-
-
-def _refusal_error(refusal: Refusal) -> VnetLockError:
-    match refusal.kind:
-        case RefusalKind.HELD:
-            resource = refusal.resource.text if refusal.resource else ""
-            return Refused(refusal.message, resource=resource, holder=refusal.holder)
-        case RefusalKind.INVALID:
-            return BadInput(refusal.message)
-        case RefusalKind.IMPOSSIBLE:
-            return Unsupported(refusal.message)
