@@ -224,7 +224,7 @@ def _read_dev(option: Option, dev: str) -> str:
 
 
 def read_protocols(text: str, where: str) -> tuple[Backend, ...]:
-    """The backends that ``a:b:c`` allows, in its order; ``vhost`` puts the +vhost forms before the plain ones."""
+    """The backends that ``a:b:c`` allows, in its order; ``vhost`` puts the +vhost forms before the plain."""
     words = text.split(":")
     known = ("tap", "socket", "vhost", "vfio", "user")
     for word in words:

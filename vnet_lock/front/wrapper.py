@@ -1,0 +1,208 @@
+"""vnet-qemu: a QEMU command line with ``host`` networks, run with what they stand for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn, Protocol, assert_never
+
+from vnet_lock.combination import Backend, Combination
+from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.front.supervisor import Guest, Lifecycle, become, print_error, run_guest
+from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, RefusalKind, Request
+from vnet_lock.qemu_argv import QemuArgv, read_argv, rewrite
+from vnet_lock.settings import DEFAULT, Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.session import Session
+
+_USAGE = """\
+usage: vnet-qemu [--print] [--name NAME] [--] [PROGRAM] QEMU-ARGUMENTS...
+
+Runs QEMU with its host networks opened, and claimed for as long as it runs:
+
+  -netdev host,id=ID,KEY=VALUE,...   with a -device MODEL,netdev=ID
+  -nic host,KEY=VALUE,...            with model=, addr=, bus=, bootindex=, vectors= of the device
+  -net host,KEY=VALUE,...            with a -net nic
+
+  mode=veb|vepa|private|nat|route    who may talk to whom (bridge is another word for veb)
+  dev=DEVICE                         a network device or a PCI address; several dev= are tried in their order
+  port=sriov|macvlan|bridge|...      what the guest's port is; the best of what mode allows, if not given
+  protocols=A:B:...                  how QEMU is connected: tap, vhost (tap with vhost-net), vfio
+  mac=MAC  vlan=ID  queues=N
+
+PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.
+
+  --print      show the resulting command and change nothing
+  --name NAME  the guest's name in vnet-lock status; without it, that of QEMU's -name
+  --help, --version
+
+Exit status: QEMU's own; before it runs, 1 failed, 2 bad usage or input, 4 refused: held by another,
+5 this host can't do it.
+"""
+# What QEMU calls the machines whose kernel has another name for them.
+_TARGETS = {"i386": "i386", "i486": "i386", "i586": "i386", "i686": "i386", "arm64": "aarch64"}
+_TARGETS |= {"armv6l": "arm", "armv7l": "arm", "armv8l": "arm", "ppc64le": "ppc64", "loong64": "loongarch64"}
+
+
+class Planner(Protocol):
+    """What showing a command takes of a session."""
+
+    def plan(self, requests: Sequence[Request]) -> Plan | Refusal: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Our own arguments, and QEMU's."""
+
+    program: str
+    args: tuple[str, ...]
+    name: str | None = None
+    print_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A connection that is not there: what stands for it on a printed command line."""
+
+    combination: Combination
+    mac: str | None
+    fds: tuple[str, ...]
+    vhost_fds: tuple[str, ...]
+    pci: PciAddress | None
+
+    @classmethod
+    def of(cls, assignment: Assignment) -> Shown:
+        """What an assignment will be."""
+        combination, intent = assignment.combination, assignment.request
+        assert combination is not None  # noqa: S101 - an Intent's assignment has one
+        assert isinstance(intent, Intent)  # noqa: S101 - a command line asks for nothing else
+        name = intent.interface
+        marks = [name] if intent.queues == 1 else [f"{name}.{queue}" for queue in range(intent.queues)]
+        is_vfio = combination.backend is Backend.VFIO
+        return cls(
+            combination,
+            intent.mac or f"<mac:{name}>",
+            () if is_vfio else tuple(f"<tap:{mark}>" for mark in marks),
+            tuple(f"<vhost:{mark}>" for mark in marks) if combination.backend is Backend.TAP_VHOST else (),
+            assignment.device.pci if is_vfio else None,
+        )
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run or show a command line; the exit status of DESIGN's contract, or QEMU's own."""
+
+    def open_session() -> Session:
+        from vnet_lock.session import Session  # filelock, and pyroute2 where links are made: 0.3 s, 25 MB
+
+        return Session(DEFAULT)
+
+    try:
+        return run(sys.argv[1:] if args is None else args, DEFAULT, open_session, open_session)
+    except VnetLockError as error:
+        print_error(error)
+        return error.exit_code
+    except KeyboardInterrupt:  # before there was anything to end
+        return 130
+
+
+def run(
+    args: Sequence[str],
+    settings: Settings,
+    open_session: Callable[[], Lifecycle],
+    open_planner: Callable[[], Planner],
+) -> int:
+    """As ``main``, with errors raised."""
+    if not args or args[0] in ("--help", "-h"):
+        if not args:
+            raise BadInput("what is to be run? See: vnet-qemu --help")
+        print(_USAGE, end="")
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version  # 40 ms
+
+        print(f"vnet-qemu {version('vnet-lock')}")
+        return 0
+    command = parse(args)
+    argv = read_argv(command.args)
+    if command.print_only:
+        show(command, argv, open_planner)
+        return 0
+    name = command.name or argv.name or os.path.basename(command.program)
+    # A name is part of one-line messages.
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    guest = Guest(command.program, find_program(command.program), argv, name)
+    if not argv.hosts:
+        _become_plain(guest)
+    return run_guest(settings, guest, open_session)
+
+
+def _become_plain(guest: Guest) -> NoReturn:
+    """Nothing is ours in it: QEMU takes our place."""
+    become(guest, [word for option in guest.argv.options for word in option.words])
+
+
+def parse(args: Sequence[str]) -> Command:
+    """Our own words come first; the first that is none of them begins QEMU's."""
+    rest = list(args)
+    name: str | None = None
+    print_only = False
+    while rest:
+        word = rest.pop(0)
+        if word == "--print":
+            print_only = True
+        elif word == "--name" or word.startswith("--name="):
+            name = word.partition("=")[2] if "=" in word else (rest.pop(0) if rest else "")
+            if not name:
+                raise BadInput("--name needs a name; see: vnet-qemu --help")
+        else:
+            if word != "--":
+                rest.insert(0, word)
+            break
+    if not rest:
+        raise BadInput("what is to be run? See: vnet-qemu --help")
+    program = _default_program() if rest[0].startswith("-") else rest.pop(0)
+    return Command(program, tuple(rest), name, print_only)
+
+
+def _default_program() -> str:
+    machine = os.uname().machine
+    return f"qemu-system-{_TARGETS.get(machine, machine)}"
+
+
+def find_program(program: str) -> str:
+    """Where it is, as a shell would find it; Unsupported where it isn't."""
+    folders = [""] if "/" in program else os.environ.get("PATH", os.defpath).split(":")
+    for folder in folders:
+        path = os.path.join(folder, program)
+        if os.path.isfile(path) and os.access(path, os.X_OK):
+            return path
+    where = "" if "/" in program else " in PATH"
+    raise Unsupported(f'there is no program "{program}"{where}; install QEMU, or name the program first')
+
+
+def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) -> None:
+    """Print the command that would run; raises what running it would raise."""
+    import shlex  # 3 ms
+
+    connections: dict[str, Shown] = {}
+    if argv.hosts:
+        result = open_planner().plan(argv.intents)
+        if isinstance(result, Refusal):
+            raise _error_of(result)
+        connections = {one.request.interface: Shown.of(one) for one in result.assignments}
+    print(shlex.join([command.program, *rewrite(argv, connections)]))
+
+
+def _error_of(refusal: Refusal) -> VnetLockError:
+    match refusal.kind:
+        case RefusalKind.HELD:
+            return Refused(refusal.message, holder=refusal.holder)
+        case RefusalKind.IMPOSSIBLE:
+            return Unsupported(refusal.message)
+        case RefusalKind.INVALID:
+            return BadInput(refusal.message)
+        case _ as never:
+            assert_never(never)
