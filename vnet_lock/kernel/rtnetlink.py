@@ -26,7 +26,7 @@ _AF_BRIDGE = 7
 _MSG_TRUNC = 0x20
 
 _IFLA_IFNAME, _IFLA_LINK, _IFLA_LINKINFO, _IFLA_VFINFO_LIST = 3, 5, 18, 22
-_IFLA_AF_SPEC, _IFLA_EXT_MASK = 26, 29
+_IFLA_IFALIAS, _IFLA_AF_SPEC, _IFLA_EXT_MASK = 20, 26, 29
 _IFLA_LINK_NETNSID, _IFLA_PARENT_DEV_NAME = 37, 56
 _IFLA_INFO_KIND = 1
 _IFLA_BRIDGE_MODE = 1
@@ -77,6 +77,7 @@ class LinkInfo:
     ifindex: int
     name: str
     kind: str = ""
+    alias: str = ""
     parent: str | None = None
     link: int | None = None
     link_nsid: int | None = None
@@ -177,6 +178,7 @@ def parse_link(message: bytes) -> LinkInfo:
         ifindex=ifindex,
         name=_text(attributes.get(_IFLA_IFNAME, b"")),
         kind=_text(info.get(_IFLA_INFO_KIND, b"")),
+        alias=_text(attributes.get(_IFLA_IFALIAS, b"")),
         parent=_text(attributes.get(_IFLA_PARENT_DEV_NAME, b"")) or None,
         link=_number(attributes.get(_IFLA_LINK)),
         link_nsid=_number(attributes.get(_IFLA_LINK_NETNSID)),

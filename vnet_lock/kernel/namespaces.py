@@ -1,0 +1,131 @@
+"""Finds network devices in other network namespaces. Looks only; moves nothing, and stays in its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vnet_lock.errors import VnetLockError
+from vnet_lock.kernel.processes import iterate_pids
+from vnet_lock.kernel.rtnetlink import LinkInfo, open_route_socket, read_links
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from socket import socket
+
+_CLONE_NEWNET = 0x40000000
+# What looking into a namespace gives that is gone by now, or that isn't ours to enter.
+_SHUT = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTDIR)
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """Another network namespace: ``path`` opens it; it has a process in it, a name, or both."""
+
+    path: str
+    pid: int | None
+    name: str = ""
+
+
+def find_netdevs(settings: Settings, parents: Collection[str]) -> dict[str, tuple[Namespace, LinkInfo]]:
+    """Where network devices are that are not in this namespace, by the name of their parent (PCI address).
+
+    Needs kernel 5.14 (IFLA_PARENT_DEV_NAME) and root; what can't be entered is passed over.
+    """
+    found: dict[str, tuple[Namespace, LinkInfo]] = {}
+    missing = set(parents)
+    for namespace in _iterate_namespaces(settings) if missing else ():
+        for link in _read_links(namespace):
+            if link.parent in missing:
+                found[link.parent] = (namespace, link)
+                missing.discard(link.parent)
+        if not missing:
+            break
+    return found
+
+
+def _iterate_namespaces(settings: Settings) -> Iterator[Namespace]:
+    """All other network namespaces that a process is in or that are mounted somewhere (ip netns, Docker)."""
+    own = _identify(f"{settings.proc}/self/ns/net")
+    mounted = _read_mounted(settings)
+    seen = {own}
+    for pid in sorted(iterate_pids(settings)):
+        path = f"{settings.proc}/{pid}/ns/net"
+        inode = _identify(path)
+        if inode is not None and inode not in seen:
+            seen.add(inode)
+            yield Namespace(path, pid, os.path.basename(mounted.get(inode, "")))
+    for inode, path in mounted.items():
+        if inode not in seen:
+            seen.add(inode)
+            yield Namespace(path, None, os.path.basename(path))
+
+
+def _identify(path: str) -> int | None:
+    try:
+        return os.stat(path).st_ino
+    except OSError as error:
+        if error.errno in _SHUT:
+            return None
+        raise VnetLockError(f"cannot look at {path}: {error.strerror}") from error
+
+
+def _read_mounted(settings: Settings) -> dict[int, str]:
+    """Where namespaces are mounted, by inode: field 4 of mountinfo is net:[INODE] there (proc(5))."""
+    found: dict[int, str] = {}
+    try:
+        with open(f"{settings.proc}/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            for line in file:
+                fields = line.split(" ", 5)
+                if len(fields) == 6 and fields[3].startswith("net:[") and fields[3].endswith("]"):
+                    found.setdefault(int(fields[3][5:-1]), fields[4])
+    except (FileNotFoundError, PermissionError):
+        return {}
+    return found
+
+
+def _read_links(namespace: Namespace) -> tuple[LinkInfo, ...]:
+    try:
+        route = _open_socket_in(namespace.path)
+    except OSError as error:
+        if error.errno in _SHUT:
+            return ()
+        raise VnetLockError(f"cannot enter network namespace {namespace.path}: {error.strerror}") from error
+    with route:
+        return read_links(route)
+
+
+def _open_socket_in(path: str) -> socket:
+    """A netlink socket of another namespace.
+
+    setns(2) is for one thread only, so a thread of its own enters and ends there: whatever happens,
+    nobody else is ever in the wrong namespace. The socket stays where it was opened.
+    """
+    import ctypes  # 3 ms; os.setns comes with Python 3.12
+
+    result: list[socket | OSError] = []
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    setns = ctypes.CDLL(None, use_errno=True).setns
+
+    def enter() -> None:
+        try:
+            if setns(descriptor, _CLONE_NEWNET) != 0:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
+            result.append(open_route_socket())
+        except OSError as error:
+            result.append(error)
+
+    try:
+        thread = threading.Thread(target=enter, name="namespace")
+        thread.start()
+        thread.join()
+    finally:
+        os.close(descriptor)
+    if isinstance(result[0], OSError):
+        raise result[0]
+    return result[0]

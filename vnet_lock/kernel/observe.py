@@ -1,0 +1,135 @@
+"""One look at the host: which network functions and devices there are, and who uses them. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from vnet_lock.kernel import rtnetlink, sysfs
+from vnet_lock.kernel.users import read_users
+from vnet_lock.model import Inventory, Nic, PciAddress, Pf
+from vnet_lock.settings import Settings
+
+T = TypeVar("T")
+
+
+def read_inventory(settings: Settings, devices: Collection[str] | None = None) -> Inventory:
+    """The network functions and devices of this host, and their users.
+
+    ``devices`` (names or PCI addresses) restricts it to what these concern: a VF's or PF's whole PF, a
+    network device with all below it and what stands directly on it. What isn't there is absent.
+    """
+    if devices is None:
+        pfs = sysfs.read_functions(settings)
+        nics = _read_nics(settings, sysfs.list_netdevs(settings))
+    else:
+        pfs, nics = _read_concerned(settings, devices)
+    told = _ask_netlink(pfs, nics.values())
+    pfs = tuple(_with_eswitch(pf, nics, told) for pf in pfs)
+    nics = {name: _with_kind(nic, told) for name, nic in nics.items()}
+    return Inventory(
+        pfs=pfs,
+        nics=tuple(nics.values()),
+        users=read_users(settings, pfs, nics.values(), told.addresses, thorough=devices is None),
+        iommu_groups=_read_groups(settings, pfs),
+    )
+
+
+def _read_concerned(settings: Settings, devices: Iterable[str]) -> tuple[tuple[Pf, ...], dict[str, Nic]]:
+    """The PFs, and the network devices, that some names and PCI addresses are about."""
+    pfs: dict[str, Pf] = {}
+    nics: dict[str, Nic] = {}
+    waiting = [name for name in devices if "/" not in name]
+    asked: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name in asked:
+            continue
+        asked.add(name)
+        pci = _parse_pci(name)
+        if pci is None:
+            nic = sysfs.read_nic(settings, name)
+            if nic is not None:
+                nics[name] = nic
+                waiting += [*nic.lowers, *([nic.pci.text] if nic.pci else [])]
+            continue
+        home = sysfs.find_pf(settings, pci.text)
+        pf = sysfs.read_pf(settings, home) if home not in pfs else None
+        if pf is not None:
+            pfs[home] = pf
+            waiting += [netdev for netdev in (pf.netdev, *(vf.netdev for vf in pf.vfs)) if netdev]
+    uppers = {name for nic in nics.values() for name in nic.uppers} - nics.keys()
+    nics |= _read_nics(settings, sorted(uppers))
+    return tuple(pfs[name] for name in sorted(pfs)), nics
+
+
+def _read_nics(settings: Settings, names: Iterable[str]) -> dict[str, Nic]:
+    return {name: nic for name in names if (nic := sysfs.read_nic(settings, name)) is not None}
+
+
+def _parse_pci(name: str) -> PciAddress | None:
+    try:
+        return PciAddress.parse(name)
+    except ValueError:
+        return None
+
+
+def _read_groups(settings: Settings, pfs: Iterable[Pf]) -> dict[int, tuple[PciAddress, ...]]:
+    groups = {group for pf in pfs for group in (pf.iommu_group, *(vf.iommu_group for vf in pf.vfs))}
+    return {group: sysfs.read_iommu_group(settings, group) for group in groups if group is not None}
+
+
+# --- what sysfs doesn't tell --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What netlink says, by ifindex."""
+
+    addresses: Mapping[int, tuple[str, ...]]
+    eswitches: Mapping[int, str]
+    kinds: Mapping[int, str]
+
+
+def _ask_netlink(pfs: Iterable[Pf], nics: Collection[Nic]) -> _Told:
+    """Addresses, embedded switches and kinds, each asked for only where there may be some."""
+    has_up = any(nic.up for nic in nics)
+    has_sriov = any(pf.totalvfs and pf.netdev for pf in pfs)
+    has_unknown = any(nic.kind == "other" and nic.lowers for nic in nics)
+    return _Told(
+        addresses=_confirm(rtnetlink.read_addresses(), nics) if has_up else {},
+        eswitches=_confirm(rtnetlink.read_eswitch_modes(), nics) if has_sriov else {},
+        kinds=_confirm({link.ifindex: link.kind for link in rtnetlink.read_links()}, nics)
+        if has_unknown
+        else {},
+    )
+
+
+def _confirm(told: Mapping[int, T], nics: Iterable[Nic]) -> dict[int, T]:
+    """What is about our devices: sysfs may show another network namespace than netlink asks."""
+    if not told:
+        return {}
+    import socket  # loaded by then
+
+    confirmed: dict[int, T] = {}
+    for nic in nics:
+        if nic.ifindex in told:
+            try:
+                name = socket.if_indextoname(nic.ifindex)
+            except OSError:
+                continue  # gone, or of another namespace
+            if name == nic.netdev:
+                confirmed[nic.ifindex] = told[nic.ifindex]
+    return confirmed
+
+
+def _with_eswitch(pf: Pf, nics: Mapping[str, Nic], told: _Told) -> Pf:
+    nic = nics.get(pf.netdev) if pf.netdev else None
+    mode = told.eswitches.get(nic.ifindex) if nic else None
+    return replace(pf, eswitch=mode) if mode else pf
+
+
+def _with_kind(nic: Nic, told: _Told) -> Nic:
+    kind = told.kinds.get(nic.ifindex, "")
+    return replace(nic, kind=kind) if nic.kind == "other" and kind in ("macvlan", "vlan") else nic
