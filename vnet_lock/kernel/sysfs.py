@@ -72,7 +72,7 @@ def find_pf(settings: Settings, name: str) -> str:
 
 
 def read_parent_names(settings: Settings, pci: PciAddress) -> tuple[str, ...]:
-    """Names of the devices whose interface a function's network device can be: itself, or its virtio device."""
+    """Names of what may be the parent of a function's network device: itself, or its virtio device."""
     names = list_names(f"{settings.sys}/bus/pci/devices/{pci.text}")
     return (pci.text, *(name for name in names if name.startswith("virtio")))
 
