@@ -1,0 +1,208 @@
+"""libvirt's qemu hook: what each step in a guest's life means for its claims, and with which status it ends.
+
+Never calls libvirt (whose lock on the guest is held meanwhile: it would wait for itself), starts no
+program, and fails a guest at `prepare` and `start` only: elsewhere a failure kills it or changes nothing.
+Each import that is missing here is time that a guest's start doesn't take.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
+
+from vnet_lock.errors import BadInput, VnetLockError
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from types import FrameType
+    from typing import NoReturn
+
+    from vnet_lock.model import Owner, Request
+
+# libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
+# is given up and undone; what isn't undone within the second is left to the claim's journal.
+DEADLINE_S = 25
+UNDO_S = 15
+
+_FAIL_CLOSED = ("prepare", "start")
+
+
+class Guards(Protocol):
+    """What the hook needs of a session."""
+
+    def acquire(self, owner: Owner, requests: Iterable[Request]) -> object:
+        """Claim and make what a guest needs before it starts."""
+
+    def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
+        """Claim what libvirt has set up for a guest already."""
+
+    def release(self, owner: Owner) -> None:
+        """Give back all that a guest had."""
+
+
+class Report(Protocol):
+    """Who is told what went wrong."""
+
+    def say(self, line: str) -> None:
+        """Tell the user: libvirt makes it part of its error where the hook fails, and drops it elsewhere."""
+
+    def log(self, text: str) -> None:
+        """Tell the system's log."""
+
+
+class DeadlinePassed(BaseException):
+    """The hook has used up its time. No VnetLockError: who collects failures must not carry on."""
+
+
+class Call(NamedTuple):
+    """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it."""
+
+    settings: Settings
+    daemon_pid: int
+    guest: str
+    operation: str
+    xml: bytes
+
+
+def main(argv: Sequence[str], stdin: BinaryIO) -> int:
+    """Serve one call of libvirt's and return the exit status.
+
+    ``argv`` is what the shim passes: the host's root ("" but for a fake host), the pid of libvirt's daemon,
+    and libvirt's own arguments: the guest's name, the operation, and two more.
+    """
+    root, daemon_pid, guest, operation = argv[:4]
+    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read())
+    report = _Outlets()
+    _arm_deadline(operation, report)
+    status = answer(call, _open_session, report)
+    signal.alarm(0)
+    return status
+
+
+def answer(call: Call, open_session: Callable[[Settings], Guards], report: Report) -> int:
+    """Perform an operation, report what goes wrong, and return the exit status that libvirt is to see."""
+    status = 1 if call.operation in _FAIL_CLOSED else 0
+    try:
+        perform(call, open_session)
+    except (VnetLockError, DeadlinePassed) as error:
+        report.say(f"vnet-lock: {error}")
+        if not status:
+            report.log(f'{call.operation} of guest "{call.guest}": {error}')
+        return status
+    except Exception as error:
+        import traceback  # 5 ms
+
+        report.log(f'{call.operation} of guest "{call.guest}": {traceback.format_exc()}')
+        report.say(traceback.format_exc())
+        report.say(f"vnet-lock: unexpected {type(error).__name__}: {error}; please report it")
+        return status
+    return 0
+
+
+def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+    """Claim, check or give back; any VnetLockError where that can't be done.
+
+    `prepare` claims and makes all that the guest asks for; `start` claims what libvirt chose since then;
+    `reconnect` claims what a running guest has; `release` gives all back; all else is none of ours.
+    """
+    if call.operation not in ("prepare", "start", "reconnect", "release"):
+        return
+    from vnet_lock import domain_xml
+    from vnet_lock.model import Fixed
+
+    if call.operation == "release":
+        # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
+        _, uuid = domain_xml.read_identity(call.xml)
+        open_session(call.settings).release(_owner(call, uuid))
+        return
+    found = domain_xml.read_guest(call.xml)
+    requests = found.requests
+    if call.operation != "prepare":
+        # What an intent got was made and claimed at prepare; here it could only be planned a second time.
+        requests = tuple(request for request in requests if isinstance(request, Fixed))
+    if not requests:
+        return
+    owner = _owner(call, found.uuid)
+    if owner.process is None:
+        raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
+    session = open_session(call.settings)
+    if call.operation == "prepare":
+        session.acquire(owner, requests)
+    else:
+        session.adopt(owner, requests)
+
+
+def _owner(call: Call, uuid: str) -> Owner:
+    """The guest as owner: the daemon while it starts, and QEMU by the lock on its pid file afterwards."""
+    from vnet_lock.kernel import processes
+    from vnet_lock.model import Owner, OwnerKind
+
+    if not call.guest or "/" in call.guest:
+        raise BadInput(f"{call.guest!r} is no name of a guest")
+    if not uuid:
+        raise BadInput(f'the XML of guest "{call.guest}" has no uuid')
+    return Owner(
+        kind=OwnerKind.LIBVIRT,
+        name=call.guest,
+        boot_id=processes.read_boot_id(call.settings),
+        uuid=uuid,
+        process=processes.read_process(call.settings, call.daemon_pid),
+        pid_file=f"{call.settings.libvirt_run}/qemu/{call.guest}.pid",
+    )
+
+
+def _open_session(settings: Settings) -> Guards:
+    from vnet_lock.session import Session
+
+    return Session(settings)
+
+
+def _arm_deadline(operation: str, report: Report) -> None:
+    """Raise DeadlinePassed in whatever runs after DEADLINE_S; end the process UNDO_S after that.
+
+    Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut
+    short, and the hard end also serves where the exception got lost (Python drops one raised in a finalizer).
+    """
+
+    def end(_signal: int, _frame: FrameType | None) -> NoReturn:
+        text = f"the hook could not undo in {UNDO_S} s what it gave up; see: vnet-lock status"
+        report.say(f"vnet-lock: {text}")
+        report.log(f"{operation}: {text}")
+        os._exit(1 if operation in _FAIL_CLOSED else 0)
+
+    def give_up(_signal: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(UNDO_S)
+        raise DeadlinePassed(f"the hook was not done after {DEADLINE_S} s and gave up; see: vnet-lock status")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(DEADLINE_S)
+
+
+class _Outlets:
+    """Our standard error and the system's log.
+
+    Descriptors 1 and 2 become /dev/null: libvirt waits until both are closed everywhere, and a process
+    that somebody starts below must not hold them.
+    """
+
+    def __init__(self) -> None:
+        self._stderr = os.dup(2)  # not inherited by other programs
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.close(null)
+
+    def say(self, line: str) -> None:
+        with suppress(BrokenPipeError):  # nobody listens any more; the status still counts
+            os.write(self._stderr, f"{line}\n".encode(errors="replace"))
+
+    def log(self, text: str) -> None:
+        import syslog
+
+        syslog.openlog("vnet-lock", syslog.LOG_PID, syslog.LOG_DAEMON)
+        for line in text.splitlines():
+            syslog.syslog(syslog.LOG_ERR, line)
