@@ -107,14 +107,24 @@ class _Row:
     cells: tuple[str, ...]
     standing: Standing
 
+    @property
+    def ends_with_owner(self) -> bool:
+        """Whether nothing stands behind the owner, which then needs no column's width."""
+        return not any(self.cells[_OWNER + 1 :])
+
     def line(self, widths: Sequence[int], style: Style) -> str:
-        parts = []
+        text, length = "", 0
         for index, (cell, width) in enumerate(zip(self.cells, widths, strict=True)):
-            if width:
-                colour = _COLOURS.get(self.standing, "") if index == _STATE else ""
-                shown = cell if len(cell) <= width else cell[: width - 1] + "…"
-                parts.append(style.paint(shown, colour) + " " * (width - len(shown)))
-        return "  ".join(parts).rstrip()
+            if not width:
+                continue
+            room = width
+            if index == _OWNER and self.ends_with_owner:
+                room = len(cell) if style.width is None else max(style.width - length, width)
+            shown = cell if len(cell) <= room else cell[: room - 1] + "…"
+            colour = _COLOURS.get(self.standing, "") if index == _STATE else ""
+            text += style.paint(shown, colour) + " " * (width - len(shown)) + "  "
+            length += width + 2
+        return text.rstrip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +138,7 @@ class _Branch:
 
 
 _NETDEV, _STATE, _OWNER, _COMBINATION, _SINCE = 3, 4, 5, 6, 7
+_SHORTEST_OWNER = 8
 # What gives way first where a terminal is narrow.
 _LESS_IMPORTANT = (_SINCE, _COMBINATION, _NETDEV)
 
@@ -136,7 +147,10 @@ def _fit(rows: Iterable[_Row], style: Style) -> list[int]:
     """The width of each column; 0 for one that is empty or gives way."""
     widths = [0] * 8
     for row in rows:
-        widths = [max(width, len(cell)) for width, cell in zip(widths, row.cells, strict=True)]
+        cells = [*row.cells]
+        if row.ends_with_owner:
+            cells[_OWNER] = cells[_OWNER][:_SHORTEST_OWNER]
+        widths = [max(width, len(cell)) for width, cell in zip(widths, cells, strict=True)]
     if style.width is None:
         return widths
     for column in _LESS_IMPORTANT:
@@ -144,7 +158,7 @@ def _fit(rows: Iterable[_Row], style: Style) -> list[int]:
             widths[column] = 0
     excess = _total(widths) - style.width
     if excess > 0:
-        widths[_OWNER] = max(widths[_OWNER] - excess, 8)
+        widths[_OWNER] = max(widths[_OWNER] - excess, _SHORTEST_OWNER)
     return widths
 
 
