@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from vnet_lock.kernel import rtnetlink, sysfs
 from vnet_lock.kernel.users import read_users
-from vnet_lock.model import Inventory, Nic, PciAddress, Pf
+from vnet_lock.model import Inventory, Nic, PciAddress, Pf, is_ifname
 from vnet_lock.settings import Settings
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def _read_concerned(settings: Settings, devices: Iterable[str]) -> tuple[tuple[P
     """The PFs, and the network devices, that some names and PCI addresses are about."""
     pfs: dict[str, Pf] = {}
     nics: dict[str, Nic] = {}
-    waiting = [name for name in devices if "/" not in name]
+    waiting = list(devices)
     asked: set[str] = set()
     while waiting:
         name = waiting.pop()
@@ -49,7 +49,7 @@ def _read_concerned(settings: Settings, devices: Iterable[str]) -> tuple[tuple[P
         asked.add(name)
         pci = _parse_pci(name)
         if pci is None:
-            nic = sysfs.read_nic(settings, name)
+            nic = sysfs.read_nic(settings, name) if is_ifname(name) else None
             if nic is not None:
                 nics[name] = nic
                 waiting += [*nic.lowers, *([nic.pci.text] if nic.pci else [])]

@@ -141,7 +141,7 @@ def find_holders(
     if not rdevs and not sockets:
         return {}, {}
     socket_names = {f"socket:[{inode}]": inode for inode in sockets}
-    for pid in iterate_pids(settings):
+    for pid in sorted(iterate_pids(settings)):
         for path, target in _iterate_descriptors(settings, pid):
             if target in socket_names:
                 found, key = ends, socket_names[target]

@@ -1,0 +1,157 @@
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fake_host import FakeHost, build, rdev_text, stat_line
+
+from vnet_lock.errors import VnetLockError
+from vnet_lock.kernel import processes
+from vnet_lock.model import Owner, OwnerKind, Process, UseKind
+from vnet_lock.settings import DEFAULT
+
+
+@pytest.mark.parametrize("command", ["qemu", "a b", "a) S 1 2 (b", "((", ") Z 1"])
+def test_a_command_with_blanks_and_parentheses_does_not_shift_the_fields(tmp_path: Path, command: str):
+    host = FakeHost(tmp_path)
+    build(tmp_path, {"proc/900001/stat": stat_line(900001, command, start_ticks=77)})
+    assert processes.read_process(host.settings, 900001) == Process(900001, 77)
+
+
+@pytest.mark.parametrize("state", ["Z", "X", "x"])
+def test_a_zombie_counts_as_gone(tmp_path: Path, state: str):
+    host = FakeHost(tmp_path)
+    build(tmp_path, {"proc/900001/stat": stat_line(900001, "q", state, start_ticks=77)})
+    assert processes.read_process(host.settings, 900001) is None
+    assert not processes.is_alive(host.settings, Process(900001, 77))
+
+
+def test_another_process_with_the_pid_is_no_sign_of_life(tmp_path: Path):
+    host = FakeHost(tmp_path)
+    build(tmp_path, {"proc/900001/stat": stat_line(900001, "q", start_ticks=78)})
+    assert not processes.is_alive(host.settings, Process(900001, 77))
+    assert processes.is_alive(host.settings, Process(900001, 78))
+    assert not processes.is_alive(host.settings, Process(900002, 78))
+
+
+@pytest.mark.parametrize("text", ["", "900001 (q", "900001 (q) S 1 2 3", "900001 (q) S one " + "x " * 30])
+def test_a_stat_file_that_makes_no_sense_counts_as_alive(tmp_path: Path, text: str):
+    host = FakeHost(tmp_path)
+    build(tmp_path, {"proc/900001/stat": text})
+    with pytest.raises(VnetLockError, match="makes no sense"):
+        processes.read_process(host.settings, 900001)
+    assert processes.is_alive(host.settings, Process(900001, 77))
+
+
+def test_what_cannot_be_read_counts_as_alive(tmp_path: Path):
+    host = FakeHost(tmp_path)
+    build(tmp_path, {"proc/900001/stat/": ""})  # EISDIR, even for root
+    assert processes.is_alive(host.settings, Process(900001, 77))
+
+
+def test_a_real_child_lives_until_it_is_dead_and_before_it_is_reaped():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        process = processes.read_process(DEFAULT, child.pid)
+        assert process is not None
+        assert processes.is_alive(DEFAULT, process)
+        assert os.getpid() in processes.read_ancestors(DEFAULT, child.pid)
+        child.kill()
+        # WNOWAIT leaves the zombie there.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not processes.is_alive(DEFAULT, process)
+    assert not processes.is_alive(DEFAULT, process)
+    assert processes.read_command(DEFAULT, process.pid) == ""
+
+
+def test_this_process_is_alive():
+    me = processes.this_process(DEFAULT)
+    assert me.pid == os.getpid()
+    assert processes.is_alive(DEFAULT, me)
+
+
+def test_an_owner_of_another_boot_is_dead():
+    me = processes.this_process(DEFAULT)
+    assert not processes.is_owner_alive(DEFAULT, Owner(OwnerKind.PROCESS, "me", "another boot", process=me))
+    boot = processes.read_boot_id(DEFAULT)
+    assert processes.is_owner_alive(DEFAULT, Owner(OwnerKind.PROCESS, "me", boot, process=me))
+
+
+LOCKER = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX, 1, 0)
+print(flush=True)
+input()
+"""
+
+
+def test_a_libvirt_guest_lives_while_its_pid_file_is_locked_or_its_daemon_is_there(tmp_path: Path):
+    path = str(tmp_path / "web1.pid")
+    boot = processes.read_boot_id(DEFAULT)
+    dead = Process(os.getpid(), 1)
+    owner = Owner(OwnerKind.LIBVIRT, "web1", boot, uuid="u", process=dead, pid_file=path)
+    assert processes.read_lock_holder(path) is None
+    assert not processes.is_owner_alive(DEFAULT, owner)
+    command = [sys.executable, "-c", LOCKER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert processes.read_lock_holder(path) == child.pid
+        assert processes.is_owner_alive(DEFAULT, owner)
+        child.kill()
+    assert processes.read_lock_holder(path) is None
+    assert not processes.is_owner_alive(DEFAULT, owner)
+    alive = Owner(
+        OwnerKind.LIBVIRT, "web1", boot, uuid="u", process=processes.this_process(DEFAULT), pid_file=path
+    )
+    assert processes.is_owner_alive(DEFAULT, alive)
+
+
+def test_a_pid_file_that_cannot_be_opened_counts_as_locked(tmp_path: Path):
+    (tmp_path / "web1.pid").symlink_to("web1.pid")  # ELOOP, even for root
+    owner = Owner(
+        OwnerKind.LIBVIRT,
+        "web1",
+        processes.read_boot_id(DEFAULT),
+        uuid="u",
+        process=Process(os.getpid(), 1),
+        pid_file=str(tmp_path / "web1.pid"),
+    )
+    assert processes.is_owner_alive(DEFAULT, owner)
+
+
+def test_a_lock_of_an_open_file_description_is_seen_without_a_pid(tmp_path: Path):
+    path = tmp_path / "lock"
+    with path.open("w") as file:
+        fcntl.fcntl(file, getattr(fcntl, "F_OFD_SETLK", 37), processes._FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
+        assert processes.read_lock_holder(str(path)) == -1
+
+
+def test_holders_are_found_by_device_number_whatever_the_node_is_called(tmp_path: Path):
+    host = FakeHost(tmp_path)
+    host.process(900001, "qemu-system-x86", "/dev/zero", "/dev/null", "/dev/null", "socket:[5]")
+    host.process(900002, "dpdk", "/dev/zero", "/nowhere")
+    build(
+        tmp_path, {"proc/900003/fd/": "", "proc/self/": "", "proc/900004": "vanished between list and look"}
+    )
+    null = os.stat("/dev/null").st_rdev
+    found = processes.read_holders(host.settings, [null, 12345])
+    assert [(user.pid, user.command, user.how, user.kind) for user in found[null]] == [
+        (900001, "qemu-system-x86", "has /dev/null open", UseKind.VFIO)
+    ]
+    assert found.keys() == {null}
+    assert rdev_text("/dev/null") == "1:3\n"
+
+
+def test_nothing_asked_for_reads_nothing(tmp_path: Path):
+    assert processes.find_holders(FakeHost(tmp_path / "nowhere").settings, (), ()) == ({}, {})
+
+
+def test_a_real_socket_is_found_by_its_inode():
+    with socket.socket() as end:
+        inode = os.fstat(end.fileno()).st_ino
+        _, sockets = processes.find_holders(DEFAULT, (), [inode])
+    assert os.getpid() in [user.pid for user in sockets[inode]]
