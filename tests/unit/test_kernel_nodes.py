@@ -2,8 +2,8 @@ import os
 from pathlib import Path
 
 import pytest
-from fake_host import FakeHost, build
 
+from tests.unit.fake_host import FakeHost, build
 from vnet_lock.errors import Unsupported, Vanished
 from vnet_lock.kernel import netlink, nodes
 

@@ -3,8 +3,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from fake_host import FakeHost, Link, build, rdev_text
 
+from tests.unit.fake_host import FakeHost, Link, build, rdev_text
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import sysfs
 from vnet_lock.kernel.observe import read_inventory

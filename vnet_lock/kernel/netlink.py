@@ -35,8 +35,8 @@ LINK_STATES = {"auto": 0, "enable": 1, "disable": 2}
 def add_macvtap(name: str, lower: str, mode: str, mac: str, alias: str) -> None:
     """Make a macvtap with a MAC and an ifalias: down, allmulticast on, without IPv6 addresses of its own.
 
-    ``mode`` is ``bridge``, ``vepa``, ``private`` or ``passthru`` (which gives its MAC to ``lower``, too).
-    Where a step fails nothing stays behind.
+    ``mode`` is ``bridge``, ``vepa``, ``private`` or ``passthru``, which gives its MAC to ``lower``, too,
+    unless that has it already. Where a step fails nothing stays behind.
     """
     if mode not in _MODES:
         raise BadInput(f"macvtap mode {mode!r} is none of: {', '.join(_MODES)}")
@@ -44,8 +44,11 @@ def add_macvtap(name: str, lower: str, mode: str, mac: str, alias: str) -> None:
     with _route() as route:
         with _explained(f"making macvtap {name} (mode {mode}, MAC {mac}) on {lower}", lower, _NEW_MACVTAP):
             route.link("add", ifname=name, kind="macvtap", link=index, macvtap_mode=mode, address=mac)
+        # In passthru mode the kernel takes the lower device's MAC, whatever was asked for
+        # (macvlan_common_newlink). A VF may refuse even the MAC that it has, so that isn't written.
+        is_other = mode == "passthru" and _read_mac(route, lower, index) != mac.lower()
         # vepa and passthru drop multicast, IPv6 neighbour discovery with it, until allmulticast is on.
-        _finish(name, alias, allmulticast=True, addrgenmode="none")
+        _finish(name, alias, mac=mac if is_other else None, allmulticast=True, addrgenmode="none")
 
 
 def add_tap(name: str, alias: str, *, queues: int = 1, settings: Settings = DEFAULT) -> None:
@@ -267,6 +270,11 @@ def _finish(name: str, alias: str, **attributes: Any) -> None:
     except VnetLockError:
         remove_link(name, alias)
         raise
+
+
+def _read_mac(route: Any, ifname: str, index: int) -> str:
+    with _explained(f"reading the MAC of {ifname}", ifname, {}):
+        return str(route.link("get", index=index)[0].get_attr("IFLA_ADDRESS"))
 
 
 def _index(ifname: str) -> int:
