@@ -28,6 +28,8 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
     ``timeout_s`` (with the holder, read below ``proc``), or where the path is no plain file of ours.
     Not reentrant: a second guard on the same path waits in vain, in the same thread too.
     """
+    import inspect  # filelock itself, and dataclasses, have it loaded
+
     # 30 to 50 ms: only who takes a guard pays for it. Its read-write locks and asyncio stay unloaded.
     import filelock
 
@@ -46,11 +48,10 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
         return
 
     os.close(_open(path))
-    try:
-        # Their default is 0644, and they set it on each acquire.
-        lock = filelock.FileLock(path, mode=0o600)
-    except TypeError:
-        lock = filelock.FileLock(path)  # 3.9 leaves the mode alone
+    # Those with a mode set it on each acquire, to 0644 unless told; 3.9 has none and leaves the file alone.
+    # Asked first: an instance refused halfway complains from its __del__ on our stderr.
+    has_mode = "mode" in inspect.signature(filelock.FileLock).parameters
+    lock = filelock.FileLock(path, mode=0o600) if has_mode else filelock.FileLock(path)
     try:
         lock.acquire(timeout=timeout_s, poll_interval=_POLL_S)
     except filelock.Timeout as error:
