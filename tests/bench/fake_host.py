@@ -103,11 +103,12 @@ class FakeHost:
 
     def open_vfio(self, pid: int, vf: PciAddress, device: str = "/dev/null") -> None:
         """Let a process have a VF's VFIO group open; ``device`` stands for it, one for each VF."""
-        found = os.stat(device).st_rdev
-        path = f"{self._sys}/class/vfio/{routing_id(vf)}/dev"
-        if not os.path.exists(path):
-            self._write(path, f"{os.major(found)}:{os.minor(found)}")
+        self.number_vfio(vf, os.stat(device).st_rdev)
         self.open_file(pid, device)
+
+    def number_vfio(self, vf: PciAddress, rdev: int) -> None:
+        """Give a VF's VFIO group its device number."""
+        self._write(f"{self._sys}/class/vfio/{routing_id(vf)}/dev", f"{os.major(rdev)}:{os.minor(rdev)}")
 
     def open_file(self, pid: int, target: str) -> None:
         """One more descriptor of a process."""

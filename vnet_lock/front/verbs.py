@@ -228,7 +228,8 @@ def _style(stream: TextIO) -> report.Style:
 def _dumps(value: dict[str, Any]) -> str:
     import json
 
-    return json.dumps(value, indent=2)
+    # Indented it costs three times as much: only json's Python half can do that.
+    return json.dumps(value, indent=2 if sys.stdout.isatty() else None)
 
 
 # --- what is to be planned ------------------------------------------------------------------------
