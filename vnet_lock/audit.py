@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -81,18 +81,22 @@ class Audit:
         return self.states.get(resource) or ResourceState(resource)
 
 
-def audit(settings: Settings, inventory: Inventory, claims: Claims, *, whole: bool = True) -> Audit:
+def audit(
+    settings: Settings, inventory: Inventory, claims: Claims, devices: Collection[str] | None = None
+) -> Audit:
     """Judge every resource of the inventory, and every claim.
 
-    Without ``whole`` the inventory is only a part of the host: claims on what isn't in it are left out.
+    ``devices`` are what the inventory was restricted to: claims on what else there may be are left out.
     """
-    return _Auditor(settings, inventory, claims, whole).audit()
+    return _Auditor(settings, inventory, claims, devices).audit()
 
 
 class _Auditor:
     """One pass. Liveness is read once for each owner, and all lookups are by dict: there may be thousands."""
 
-    def __init__(self, settings: Settings, inventory: Inventory, claims: Claims, whole: bool) -> None:
+    def __init__(
+        self, settings: Settings, inventory: Inventory, claims: Claims, devices: Collection[str] | None
+    ) -> None:
         self.settings = settings
         self.inventory = inventory
         self.kinship = Kinship(settings)
@@ -105,7 +109,8 @@ class _Auditor:
         self.claims: dict[Resource, list[Claim]] = defaultdict(list)
         pfs = {pf.pci for pf in inventory.pfs}
         for claim in claims.records:
-            if whole or claim.resource in self.known or claim.pf in pfs:
+            asked = devices is None or claim.resource.name in devices
+            if asked or claim.resource in self.known or claim.pf in pfs:
                 self.claims[claim.resource].append(claim)
 
     def audit(self) -> Audit:

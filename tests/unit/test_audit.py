@@ -27,7 +27,7 @@ def host(tmp_path):
 
 def look(host: FakeHost, devices: list[str] | None = None) -> Audit:
     claims = ClaimTable(host.settings).read()
-    return audit(host.settings, read_inventory(host.settings, devices), claims, whole=devices is None)
+    return audit(host.settings, read_inventory(host.settings, devices), claims, devices)
 
 
 def claim(host: FakeHost, resource: Resource, pid: int, token: str = TOKEN, **changes) -> Claim:

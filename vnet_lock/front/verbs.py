@@ -187,7 +187,7 @@ def _look(settings: Settings, devices: list[str] | None, must_exist: bool = True
             break
     for device in devices or () if must_exist else ():
         _find_pf(inventory, device)
-    return audit(settings, inventory, claims, whole=devices is None)
+    return audit(settings, inventory, claims, devices)
 
 
 def _changed_at(settings: Settings) -> int:
