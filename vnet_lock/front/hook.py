@@ -75,8 +75,8 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     """
     root, daemon_pid, guest, operation = argv[:4]
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read())
-    report = _Outlets()
-    _arm_deadline(operation, report)
+    report = Outlets()
+    arm_deadline(operation, report)
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -160,29 +160,29 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def _arm_deadline(operation: str, report: Report) -> None:
-    """Raise DeadlinePassed in whatever runs after DEADLINE_S; end the process UNDO_S after that.
+def arm_deadline(operation: str, report: Report, deadline_s: int = DEADLINE_S, undo_s: int = UNDO_S) -> None:
+    """Raise DeadlinePassed in whatever runs after ``deadline_s``; end the process ``undo_s`` after that.
 
     Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut
     short, and the hard end also serves where the exception got lost (Python drops one raised in a finalizer).
     """
 
     def end(_signal: int, _frame: FrameType | None) -> NoReturn:
-        text = f"the hook could not undo in {UNDO_S} s what it gave up; see: vnet-lock status"
+        text = f"the hook could not undo in {undo_s} s what it gave up; see: vnet-lock status"
         report.say(f"vnet-lock: {text}")
         report.log(f"{operation}: {text}")
         os._exit(1 if operation in _FAIL_CLOSED else 0)
 
     def give_up(_signal: int, _frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGALRM, end)
-        signal.alarm(UNDO_S)
-        raise DeadlinePassed(f"the hook was not done after {DEADLINE_S} s and gave up; see: vnet-lock status")
+        signal.alarm(undo_s)
+        raise DeadlinePassed(f"the hook was not done after {deadline_s} s and gave up; see: vnet-lock status")
 
     signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(DEADLINE_S)
+    signal.alarm(deadline_s)
 
 
-class _Outlets:
+class Outlets:
     """Our standard error and the system's log.
 
     Descriptors 1 and 2 become /dev/null: libvirt waits until both are closed everywhere, and a process
@@ -197,10 +197,12 @@ class _Outlets:
         os.close(null)
 
     def say(self, line: str) -> None:
+        """Write to what was our standard error."""
         with suppress(BrokenPipeError):  # nobody listens any more; the status still counts
             os.write(self._stderr, f"{line}\n".encode(errors="replace"))
 
     def log(self, text: str) -> None:
+        """Write to the system's log; without one it is lost."""
         import syslog
 
         syslog.openlog("vnet-lock", syslog.LOG_PID, syslog.LOG_DAEMON)
