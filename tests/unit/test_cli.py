@@ -419,3 +419,18 @@ def test_a_device_name_cannot_smuggle_in_other_words(run):
     code, _, err = run("plan", "--mode", "veb", "--dev", "eth0,port=nat")
     assert code in (2, 5)
     assert "eth0,port=nat" in err
+
+
+# --- hooks -------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_installed_looked_at_and_removed(host, run):
+    assert run("hooks", "status")[0] == 1
+    assert run("hooks", "install")[0] == 0
+    code, out, _ = run("hooks", "status")
+    assert code == 0
+    assert "installed" in out
+    assert f"{host.settings.etc_libvirt}/hooks/qemu.d/" in out
+    assert run("hooks", "remove")[0] == 0
+    assert run("hooks", "remove")[0] == 0
+    assert run("hooks", "status")[0] == 1
