@@ -1,0 +1,84 @@
+"""What is packaged beside the code names what the code has."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from vnet_lock.front.cli import main
+from vnet_lock.settings import DEFAULT
+
+PACKAGING = Path(__file__).parents[2] / "packaging"
+VERBS = ("status", "show", "plan", "claim", "release", "gc", "vfs", "hooks")
+
+
+def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    return set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+
+
+def complete(line: str, tmp_path: Path) -> list[str]:
+    """What bash offers for the last word of a line."""
+    words = line.split(" ")
+    program = words[0]
+    script = f"""
+        cd {tmp_path}
+        . {PACKAGING}/completions/bash/{program}
+        COMP_WORDS=({" ".join(f"'{word}'" for word in words)}) COMP_CWORD={len(words) - 1}
+        _{program.replace("-", "_")} {program}
+        printf '%s\\n' "${{COMPREPLY[@]}}"
+    """
+    done = subprocess.run(["bash", "--norc", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+def test_all_verbs_are_known_to_man_page_and_completion(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
+    assert tuple(shown) == VERBS
+    assert set(complete("vnet-lock ", tmp_path)) == {*VERBS, "--version", "--help"}
+    page = (PACKAGING / "man/vnet-lock.8").read_text()
+    assert all(re.search(rf'^\.(BR|BI|TQ\n\.BR) "{verb} ', page, re.MULTILINE) for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_all_options_of_a_verb_are_known_to_man_page_and_completion(verb, tmp_path, capsys):
+    known = options(verb, capsys)
+    assert {word for word in complete(f"vnet-lock {verb} --", tmp_path) if word != "--help"} == known
+    page = (PACKAGING / "man/vnet-lock.8").read_text().replace("\\-", "-")
+    assert all(option in page for option in known)
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("vnet-lock hooks ", "install"),
+        ("vnet-lock plan --mode v", "vepa"),
+        ("vnet-qemu --", "--print"),
+        ("vnet-qemu -nic h", "host,mode=veb"),
+    ],
+)
+def test_completion_offers(line, offered, tmp_path):
+    assert offered in complete(line, tmp_path)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (PACKAGING / "man").iterdir()))
+def test_a_man_page_is_formatted_without_a_complaint(page):
+    if shutil.which("groff") is None:
+        pytest.skip("needs groff, which formats man pages")
+    command = ["groff", "-t", "-man", "-Tutf8", "-ww", PACKAGING / "man" / page]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+
+
+def test_tmpfiles_makes_the_directories_that_claims_live_in():
+    text = (PACKAGING / "tmpfiles.d/vnet-lock.conf").read_text()
+    made = [line.split()[1:4] for line in text.splitlines() if line.startswith("d ")]
+    assert made == [[DEFAULT.run, "0755", "root"], [DEFAULT.claims_dir, "0755", "root"]]
