@@ -1,0 +1,61 @@
+# Everything that a person or a CI runs. Each target does all set-up by itself, and says so; the second time
+# that takes no time. Options for pytest: make test-lab ARGS="-k hostdev"
+
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+RINGS := test-unit test-kernel test-lab
+VM := $(PYTHON) -m tests.lab.vm
+# In the lab VM, an emulated CPU on a busy machine: a hang is ended, slowness isn't.
+LAB_DEADLINE_S := 7200
+DEMO_DEADLINE_S := 2400
+ARGS :=
+
+.PHONY: help setup test $(RINGS) lab-shell demo bench lint clean
+
+help:
+	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
+	@echo 'make test        all tests; test-unit, test-kernel, test-lab: one ring'
+	@echo 'make lab-shell   a shell in that VM'
+	@echo 'make bench       speed and memory'
+	@echo 'make lint        ruff, mypy, import-linter'
+	@echo 'make setup       only the set-up that each of them does first'
+
+setup:
+	@tests/setup
+
+# All rings run, whichever fails; none may skip.
+test: setup
+	+@VNET_LOCK_REQUIRE=unit,kernel,lab $(MAKE) --keep-going --no-print-directory $(RINGS)
+
+test-unit: setup
+	$(PYTEST) tests/unit $(ARGS)
+
+# Root makes the namespaces; nothing that it writes stays in a checkout that isn't root's.
+test-kernel: setup
+	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" PYTHONDONTWRITEBYTECODE=1 \
+		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
+
+test-lab: setup
+	$(VM) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" -- sh -c \
+		'exec python -m pytest -p no:cacheprovider -v --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' \
+		pytest tests/lab $(ARGS)
+
+lab-shell: setup
+	@$(VM) --shell
+
+demo: setup
+	@$(VM) --deadline $(DEMO_DEADLINE_S) -- python -u -m tests.lab.demo $(ARGS)
+
+bench: setup
+	@$(PYTHON) -m tests.bench.run $(ARGS)
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy --strict vnet_lock
+	.venv/bin/lint-imports
+
+clean:
+	rm -rf .lab build .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,274 @@
+"""The lab VM, seen from outside: boots it, runs one command in it, tells a failed command from a lost VM.
+
+The VM is this machine's own root file system, read-only below overlays, on the distribution's kernel, with an
+emulated SR-IOV NIC (QEMU's igb). One directory is shared writable: the results. Never changes the machine
+that it runs on outside ``.lab`` of the checkout.
+
+    python -m tests.lab.vm [--deadline SECONDS] [--results DIR] [--env NAME=VALUE]... -- COMMAND...
+    python -m tests.lab.vm --shell
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import contextlib
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.lab import guest
+
+TOP = Path(__file__).resolve().parents[2]
+LAB = TOP / ".lab"
+
+# Exit codes of a run that has no exit code of its own; env(1) and timeout(1) use them alike.
+HUNG = 124
+LOST = 125
+
+# Below 2816 MB: with more, the firmware puts the VFs' BARs above 4 GiB, where igb's mailbox is deaf.
+MEMORY_MB = 2750
+# What a boot and the collecting of logs may take beside the command itself.
+BOOT_S = 150
+DEFAULT_DEADLINE_S = 1800
+
+
+class LabError(Exception):
+    """The lab VM can't be booted here; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended: its exit code, and why there is none of the command's own."""
+
+    exit_code: int
+    results: Path
+    complaint: str = ""
+
+
+@dataclass(slots=True)
+class Vm:
+    """One boot: the command, its deadline, and the directory where everything that it leaves is found."""
+
+    command: Sequence[str]
+    results: Path
+    deadline_s: float = DEFAULT_DEADLINE_S
+    environment: dict[str, str] = field(default_factory=dict)
+    cpus: int = 2
+    # The other end of the NIC's cable, as QEMU's -netdev without its id.
+    cable: str = "user"
+
+    def argv(self, *, shell: str | None = None) -> list[str]:
+        """The vng command line; with ``shell``, a program on the terminal instead of the inside script."""
+        _check_words(TOP, self.results)
+        console = [] if shell else [
+            f"--qemu-opts=-chardev file,id=log,path={self.results}/console.log -serial chardev:log",
+            "--append", "console=ttyS1 loglevel=5",
+        ]  # fmt: skip
+        script = shlex.join([f"{TOP}/tests/lab/inside", str(self.results)])
+        inside = ["--shell", shell] if shell else ["--", script]
+        return [
+            f"{sys.prefix}/bin/vng",
+            "--run", str(guest.find_kernel()[1]),
+            "--name", "vnet-lab",
+            # A /dev/kvm that answers may still not run this kernel; TCG always does.
+            "--disable-kvm",
+            "--cpus", str(self.cpus),
+            "--memory", f"{MEMORY_MB}M",
+            "--user", "root",
+            "--cwd", str(TOP),
+            "--overlay-rwdir", "/etc",
+            "--overlay-rwdir", "/var",
+            "--rwdir", str(self.results),
+            "--qemu-opts=-machine q35 -cpu max,+svm -device intel-iommu,intremap=on,caching-mode=on",
+            "--qemu-opts=-device pcie-root-port,id=rp0,chassis=1,slot=1",
+            f"--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev {self.cable},id=cable",
+            # The root once more, for the inside script to mount with a cache: vng's own has none.
+            "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
+            "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",
+            "--append", "intel_iommu=on",
+            *console,
+            *inside,
+        ]  # fmt: skip
+
+    def run(self) -> Outcome:
+        """Boot, run the command with its output on our stdout, and power off.
+
+        Raises LabError when a prerequisite is missing.
+        """
+        started = time.monotonic()
+        self._prepare()
+        say(f"booting (results in {self.results})")
+        with (self.results / "vng.log").open("wb") as complaints:
+            process = subprocess.Popen(
+                self.argv(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                env=_environment(),
+                cwd=TOP,
+                # A group of its own: what we end is what we started, whoever else runs a lab.
+                start_new_session=True,
+            )
+        with _ending(process):
+            in_time = self._stream(process, started + self.deadline_s)
+        self._keep_cache()
+        return self._judge(in_time, time.monotonic() - started)
+
+    def shell(self) -> int:
+        """Give the terminal a root shell in the VM; no deadline, as a person is there to end it."""
+        self._prepare()
+        wrapper = self.results / "shell"
+        wrapper.write_text(f"#!/bin/sh\nexec {TOP}/tests/lab/inside {self.results}\n")
+        wrapper.chmod(0o755)
+        argv = self.argv(shell=str(wrapper))
+        return subprocess.run(argv, env=_environment(), cwd=TOP, check=False).returncode
+
+    def _prepare(self) -> None:
+        image = guest.build(LAB)
+        # The VM can't write beside the sources, and compiling in an emulated CPU takes seconds at each start.
+        compileall.compile_dir(TOP / "vnet_lock", quiet=2)
+        self.results.mkdir(parents=True, exist_ok=True)
+        for name in ("exit-code", "started"):
+            (self.results / name).unlink(missing_ok=True)
+        exports = {
+            "VNET_LAB_RESULTS": str(self.results),
+            "VNET_LAB_KERNEL": str(image.kernel),
+            "VNET_LAB_INITRD": str(image.initrd),
+            **self.environment,
+        }
+        lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+        # The command ends before the VM is ended, so that its logs still come out.
+        limit_s = max(30, int(self.deadline_s - BOOT_S))
+        lines += [f"limit_s={limit_s}", f"set -- {shlex.join(self.command)}", ""]
+        (self.results / "command").write_text("\n".join(lines))
+
+    def _stream(self, process: subprocess.Popen[bytes], deadline: float) -> bool:
+        """Copy the VM's output to ours until it ends; False when the deadline came first."""
+        assert process.stdout
+        with (self.results / "output.log").open("wb") as log:
+            while (left := deadline - time.monotonic()) > 0:
+                if not select.select([process.stdout], [], [], left)[0]:
+                    return False
+                if not (chunk := os.read(process.stdout.fileno(), 65536)):
+                    break
+                log.write(chunk)
+                log.flush()
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+            try:
+                process.wait(max(1.0, left))
+            except subprocess.TimeoutExpired:
+                return False
+        return True
+
+    def _judge(self, in_time: bool, took_s: float) -> Outcome:
+        code = self.results / "exit-code"
+        text = code.read_text().strip() if code.exists() else ""
+        if text.isdigit():
+            complaint = f"the command did not end in time; see {self.results}" if int(text) == HUNG else ""
+            return Outcome(int(text), self.results, complaint)
+        where = "running its command" if (self.results / "started").exists() else "booting"
+        when = f"after {took_s:.0f} s while {where}; see {self.results}/console.log and vng.log"
+        if not in_time:
+            return Outcome(HUNG, self.results, f"lab VM hung: ended {when}")
+        return Outcome(LOST, self.results, f"lab VM lost {when}")
+
+    def _keep_cache(self) -> None:
+        """What libvirt learnt about QEMU (25 to 40 s of probing) is there for the next boot."""
+        fresh = self.results / "capabilities"
+        if not fresh.is_dir():
+            return
+        kept, old = LAB / "capabilities", LAB / f"capabilities.{os.getpid()}"
+        with contextlib.suppress(FileNotFoundError):
+            kept.rename(old)
+        with contextlib.suppress(OSError):  # another lab's end came first: its cache is as good
+            fresh.rename(kept)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(f"lab: {text}", flush=True)
+
+
+def new_results() -> Path:
+    """A results directory that no other run uses, with ``.lab/last`` pointing to it."""
+    path = LAB / "results" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    path.mkdir(parents=True)
+    link = LAB / f"last.{os.getpid()}"
+    link.symlink_to(path)
+    link.replace(LAB / "last")
+    return path
+
+
+def _environment() -> dict[str, str]:
+    # vng starts its other half, virtme-run, by name.
+    return {**os.environ, "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}
+
+
+def _check_words(*paths: Path) -> None:
+    """Paths that travel on a kernel command line and in QEMU's options have no blanks and commas."""
+    for path in paths:
+        if not re.fullmatch(r"[\w./+@%:~-]+", str(path)):
+            raise LabError(f"the lab VM can't have the path {path}: use one without blanks and commas")
+
+
+@contextlib.contextmanager
+def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """See that nothing of the VM is left, also when we are interrupted or told to end."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        for sign in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
+        signal.signal(signal.SIGTERM, previous)
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.lab.vm", description=__doc__.splitlines()[0])
+    parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE_S, metavar="SECONDS")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="default: a new one below .lab/results")
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--cable", default="user", help="QEMU's -netdev at the other end of the NIC")
+    parser.add_argument("--shell", action="store_true", help="an interactive shell in the VM")
+    parser.add_argument("command", nargs="*")
+    options = parser.parse_args()
+    if bool(options.command) == options.shell:
+        parser.error("give a command, or --shell")
+    environment = dict(word.partition("=")[::2] for word in options.env)
+    try:
+        vm = Vm(
+            options.command or ["bash"],
+            (options.results or new_results()).resolve(),
+            options.deadline,
+            environment,
+            cable=options.cable,
+        )
+        if options.shell:
+            return vm.shell()
+        outcome = vm.run()
+    except (LabError, guest.BuildError) as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 5
+    if outcome.complaint:
+        print(f"lab: {outcome.complaint}", file=sys.stderr)
+    return outcome.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
