@@ -1,7 +1,4 @@
-"""vnet-qemu with a session written by hand, a QEMU that is a script, and real processes and signals.
-
-Run as a program, this file is that vnet-qemu.
-"""
+"""vnet-qemu with a session written by hand, a QEMU that is a script, and real processes and signals."""
 
 from __future__ import annotations
 
@@ -13,92 +10,19 @@ import stat
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from vnet_lock.backends import Connection
-from vnet_lock.combination import Combination
-from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from tests.unit import fake_vnet_qemu
+from tests.unit.fake_vnet_qemu import assignment
+from vnet_lock.errors import BadInput, Refused, Unsupported
 from vnet_lock.front import wrapper
-from vnet_lock.model import (
-    Assignment,
-    Intent,
-    Mode,
-    Owner,
-    PciAddress,
-    Plan,
-    Policy,
-    Refusal,
-    RefusalKind,
-    Resource,
-    Wanted,
-)
-from vnet_lock.ports import Opened
-from vnet_lock.session import Grant
+from vnet_lock.model import Intent, PciAddress, Plan, Policy, Refusal, RefusalKind, Resource
 from vnet_lock.settings import DEFAULT
 
 HOST = ("-netdev", "host,id=net0,mode=vepa,dev=eth0", "-device", "virtio-net-pci,netdev=net0")
-
-
-def assignment(request: Intent, text: str, resource: Resource) -> Assignment:
-    return Assignment(request, Combination.parse(text), (Wanted(resource, Mode.SHARED),))
-
-
-class Session:
-    """Notes what it is asked for; ``behave`` says what goes wrong."""
-
-    def __init__(self, folder: Path, behave: str = "") -> None:
-        self.folder = folder
-        self.behave = behave
-
-    def note(self, text: str) -> None:
-        with open(self.folder / "log", "a") as log:
-            log.write(text + "\n")
-
-    def acquire(self, owner: Owner, requests: tuple[Intent, ...]) -> tuple[Grant, ...]:
-        self.note(f"acquire {owner.name} {owner.process.pid} {owner.process.start_ticks}")
-        if self.behave == "refuse":
-            raise Refused("PF eth0 is held by another")
-        if self.behave == "slow":
-            try:
-                time.sleep(30)
-            except BaseException:
-                self.note("undone")
-                raise
-        return tuple(
-            Grant(assignment(one, "vepa-macvlan-tap", Resource.nic("eth0")), "t", Opened(netdev="vl0"))
-            for one in requests
-        )
-
-    def connect(self, grant: Grant) -> Connection:
-        if self.behave == "fail":
-            raise VnetLockError("cannot open vl0")
-        fd = os.open(self.folder / "tap", os.O_RDWR | os.O_CREAT)
-        return Connection(grant.assignment.combination, "52:54:00:00:00:01", (fd,))
-
-    def hand_over(self, old: Owner, new: Owner) -> None:
-        self.note(f"hand_over {old.process.pid} {new.process.pid}")
-
-    def release(self, owner: Owner) -> None:
-        self.note(f"release {owner.process.pid} {owner.process.start_ticks}")
-        if self.behave == "stuck":
-            raise VnetLockError("cannot remove vl0")
-
-
-def harness() -> int:
-    folder, behave = Path(sys.argv[1]), sys.argv[2]
-    settings = replace(DEFAULT, run=str(folder))
-    try:
-        return wrapper.run(sys.argv[3:], settings, lambda: Session(folder, behave), lambda: None)
-    except VnetLockError as error:
-        print(f"vnet-qemu: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(harness())
 
 
 @dataclass
@@ -114,7 +38,7 @@ class Run:
         return path
 
     def command(self, *args: str, behave: str = "") -> list[str]:
-        return [sys.executable, __file__, str(self.folder), behave, *args]
+        return [sys.executable, fake_vnet_qemu.__file__, str(self.folder), behave, *args]
 
     def run(self, *args: str, behave: str = "") -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -226,12 +150,13 @@ def test_qemus_own_failure_outweighs_one_to_give_back(run):
     assert (result.returncode, result.stderr) == (3, "vnet-qemu: cannot remove vl0\n")
 
 
+# Ends a little after the first signal, so that a second would be counted.
 COUNTING = """
 n=0
 trap 'n=$((n+1))' {signal}
 echo $$ >pid
-for i in 1 2 3 4 5 6 7 8; do sleep 0.1; done
-echo $n >count
+until [ $n -gt 0 ]; do sleep 0.02; done
+sleep 0.1; sleep 0.1; sleep 0.1
 exit $((n + 40))
 """
 

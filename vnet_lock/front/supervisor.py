@@ -7,6 +7,7 @@ it, a claim is held as long as its QEMU lives. It loads nothing heavy before the
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -72,9 +73,8 @@ def run_guest(settings: Settings, guest: Guest, open_session: Callable[[], Lifec
     With -daemonize it returns when QEMU itself would; a small process then waits for the daemon's end.
     VnetLockError where giving back failed after a QEMU that ended well.
     """
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # whoever started us may ignore it; wait() would see nothing
+    # Whoever started us may ignore it, and wait() would see nothing then.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     watched = {number for number in _PASSED_ON if signal.getsignal(number) is not signal.SIG_IGN}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*watched, signal.SIGCHLD})
     child = _Child.fork(watched, before, lambda: _become_qemu(settings, guest, open_session()))
@@ -83,7 +83,8 @@ def run_guest(settings: Settings, guest: Guest, open_session: Callable[[], Lifec
         # It waits for our word, so somebody killed it.
         return _end_like(os.waitpid(child.pid, 0)[1])
     owner = _owner(settings, guest, process)
-    os.write(child.go, b"!")
+    with contextlib.suppress(BrokenPipeError):  # killed just now: its status will tell
+        os.write(child.go, b"!")
     os.close(child.go)
     handing = None
     if guest.argv.daemonize:
