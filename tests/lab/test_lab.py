@@ -52,9 +52,9 @@ def test_what_the_pf_sets_on_a_vf_is_seen(lab: Nic) -> None:
     lab.set_numvfs(1)
     for words in ("mac 52:54:00:0a:0b:0c", "vlan 7 qos 3", "trust on", "spoofchk off"):
         run("ip", "link", "set", lab.pf, "vf", "0", *words.split())
-    assert lab.admin(0) == {
-        "mac": "52:54:00:0a:0b:0c", "vlan": 7, "qos": 3, "spoofchk": False, "trust": True, "link_state": "auto",
-    }  # fmt: skip
+    seen = lab.admin(0)
+    assert (seen["mac"], seen["vlan"], seen["qos"]) == ("52:54:00:0a:0b:0c", 7, 3)
+    assert (seen["spoofchk"], seen["trust"]) == (False, True)
 
 
 def test_a_macvtap_gets_its_device_node_from_udev(lab: Nic) -> None:
