@@ -172,17 +172,29 @@ def test_a_signal_sent_to_us_reaches_qemu_and_we_outlive_it(run, name):
     assert run.log[-1].startswith("release")
 
 
-def test_a_ctrl_c_at_the_terminal_reaches_qemu_once(run):
-    qemu = run.write_qemu(COUNTING.format(signal="INT"))
+def press(key: bytes, run: Run, qemu: Path) -> int:
+    """The exit code of a vnet-qemu at whose terminal a key is pressed."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, run.command(str(qemu), *HOST))
     run.wait_for("pid")
-    os.write(terminal, b"\x03")
+    os.write(terminal, key)
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 41
+    return os.waitstatus_to_exitcode(status)
+
+
+@pytest.mark.parametrize(("key", "name"), [(b"\x03", "INT"), (b"\x1c", "QUIT")])
+def test_an_interrupt_at_the_terminal_ends_qemu_and_we_outlive_it(run, key, name):
+    assert press(key, run, run.write_qemu(COUNTING.format(signal=name))) == 41
     assert run.log[-1].startswith("release")
+
+
+def test_what_the_terminal_sends_is_not_sent_again(run):
+    # Out of the terminal's reach, this QEMU gets only what we pass on; two signals at once would look like one.
+    counting = COUNTING.format(signal="INT").replace("until [ $n -gt 0 ]; do sleep 0.02; done", "sleep 0.5")
+    qemu = run.write_qemu(f'[ "$INNER" ] || INNER=1 exec setsid "$0"\n{counting}')
+    assert press(b"\x03", run, qemu) == 40
 
 
 def test_a_ctrl_z_at_the_terminal_stops_both_and_fg_goes_on(run):
