@@ -137,7 +137,7 @@ def _medians(
     rounds: int,
     after: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Medians in seconds of both commands with the XML on stdin, run in turns; the first turn doesn't count."""
+    """Medians in seconds of both commands, run in turns with the XML on stdin; the first turn is left out."""
     times_s: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds + 1):
         for argv, into in zip((measured, floor), times_s, strict=True):
