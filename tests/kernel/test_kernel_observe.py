@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernel.conftest import need, own_namespaces
 from vnet_lock.errors import Vanished
-from vnet_lock.kernel import namespaces, netlink, nodes, rtnetlink, sysfs
+from vnet_lock.kernel import namespaces, netlink, nodes, rtnetlink
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Resource, UseKind, User
 from vnet_lock.settings import DEFAULT
@@ -145,7 +145,7 @@ def test_a_namespace_that_went_away_is_passed_over(netns: None):
 
 def test_a_function_whose_network_device_is_in_another_namespace_is_in_use_there():
     need(os.geteuid() == 0, "root")
-    outside = [pf for pf in sysfs.read_functions(DEFAULT) if pf.netdev]
+    outside = [pf for pf in read_inventory(DEFAULT).pfs if pf.netdev]
     need(outside, "a PCI network device on this machine")
     with own_namespaces():
         for pf in outside:

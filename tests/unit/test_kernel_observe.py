@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ def drive(host: FakeHost, pci: str, driver: str) -> None:
     (base / "driver").symlink_to(f"../../../bus/pci/drivers/{driver}")
     for netdev in (base / "net").iterdir():
         netdev.rmdir()
+        shutil.rmtree(host.root / "sys/class/net" / netdev.name)
 
 
 def test_pfs_have_their_vfs_and_what_is_no_network_function_is_left_out(host: FakeHost):
@@ -152,6 +154,14 @@ def test_what_may_not_be_read_does_not_pass_for_absent(host: FakeHost):
         read_inventory(host.settings)
 
 
+def test_a_network_device_that_is_renamed_all_the_time_is_no_traceback(host: FakeHost):
+    shutil.rmtree(host.root / "sys/class/net/enp1s0v0")
+    for devices in ([VF0], None):
+        inventory = read_inventory(host.settings, devices)
+        assert inventory.nic_named("enp1s0v0") is None
+        assert inventory.vf_at(PciAddress.parse(VF0)) is not None
+
+
 def test_an_empty_host_has_nothing(tmp_path: Path):
     inventory = read_inventory(FakeHost(tmp_path).settings)
     assert (inventory.pfs, inventory.nics, inventory.users, inventory.iommu_groups) == ((), (), {}, {})
@@ -195,7 +205,7 @@ def test_a_network_driver_without_a_network_device_is_a_use(host: FakeHost):
 
 
 def test_a_function_without_a_driver_is_free(host: FakeHost):
-    (host.root / f"sys/bus/pci/devices/{VF0}/net/enp1s0v0").rmdir()
+    drive(host, VF0, "none")
     (host.root / f"sys/bus/pci/devices/{VF0}/driver").unlink()
     assert users(host, f"vf:{VF0}") == ()
 

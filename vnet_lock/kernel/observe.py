@@ -13,6 +13,9 @@ from vnet_lock.settings import Settings
 
 T = TypeVar("T")
 
+# A network device may be renamed (udev does, behind a driver's binding) while it is read.
+_TRIES = 3
+
 
 def read_inventory(settings: Settings, devices: Collection[str] | None = None) -> Inventory:
     """The network functions and devices of this host, and their users.
@@ -20,11 +23,12 @@ def read_inventory(settings: Settings, devices: Collection[str] | None = None) -
     ``devices`` (names or PCI addresses) restricts it to what these concern: a VF's or PF's whole PF, a
     network device with all below it and what stands directly on it. What isn't there is absent.
     """
-    if devices is None:
-        pfs = sysfs.read_functions(settings)
-        nics = _read_nics(settings, sysfs.list_netdevs(settings))
-    else:
-        pfs, nics = _read_concerned(settings, devices)
+    seen = _read_all(settings) if devices is None else _read_concerned(settings, devices)
+    for _ in range(_TRIES - 1):
+        if seen.is_whole():
+            break
+        seen = _read_all(settings) if devices is None else _read_concerned(settings, devices)
+    pfs, nics = seen.pfs, seen.nics
     told = _ask_netlink(pfs, nics.values())
     pfs = tuple(_with_eswitch(pf, nics, told) for pf in pfs)
     nics = {name: _with_kind(nic, told) for name, nic in nics.items()}
@@ -32,11 +36,36 @@ def read_inventory(settings: Settings, devices: Collection[str] | None = None) -
         pfs=pfs,
         nics=tuple(nics.values()),
         users=read_users(settings, pfs, nics.values(), told.addresses, thorough=devices is None),
-        iommu_groups=_read_groups(settings, pfs),
+        iommu_groups=seen.iommu_groups,
     )
 
 
-def _read_concerned(settings: Settings, devices: Iterable[str]) -> tuple[tuple[Pf, ...], dict[str, Nic]]:
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What sysfs showed."""
+
+    pfs: tuple[Pf, ...]
+    nics: dict[str, Nic]
+    iommu_groups: Mapping[int, tuple[PciAddress, ...]]
+
+    def is_whole(self) -> bool:
+        """False where a function's network device was renamed or moved meanwhile: its uses weren't seen."""
+        return all(
+            netdev is None or netdev in self.nics
+            for pf in self.pfs
+            for netdev in (pf.netdev, *(vf.netdev for vf in pf.vfs))
+        )
+
+
+def _read_all(settings: Settings) -> _Seen:
+    nics = _read_nics(settings, sysfs.list_netdevs(settings))
+    # Of several network devices of one function, the first.
+    netdevs = {nic.pci: nic.netdev for nic in reversed(nics.values()) if nic.pci is not None}
+    pfs, groups = sysfs.read_functions(settings, netdevs)
+    return _Seen(pfs, nics, groups)
+
+
+def _read_concerned(settings: Settings, devices: Iterable[str]) -> _Seen:
     """The PFs, and the network devices, that some names and PCI addresses are about."""
     pfs: dict[str, Pf] = {}
     nics: dict[str, Nic] = {}
@@ -61,7 +90,8 @@ def _read_concerned(settings: Settings, devices: Iterable[str]) -> tuple[tuple[P
             waiting += [netdev for netdev in (pf.netdev, *(vf.netdev for vf in pf.vfs)) if netdev]
     uppers = {name for nic in nics.values() for name in nic.uppers} - nics.keys()
     nics |= _read_nics(settings, sorted(uppers))
-    return tuple(pfs[name] for name in sorted(pfs)), nics
+    found = tuple(pfs[name] for name in sorted(pfs))
+    return _Seen(found, nics, _read_groups(settings, found))
 
 
 def _read_nics(settings: Settings, names: Iterable[str]) -> dict[str, Nic]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
+from functools import cache
 
 from vnet_lock.errors import VnetLockError
 from vnet_lock.model import Nic, PciAddress, Pf, Vf
@@ -24,40 +26,59 @@ _IFF_UP = 0x1
 _DEVTYPES = ("vlan", "macvlan", "macvtap", "bridge", "bond")
 
 
-def read_functions(settings: Settings) -> tuple[Pf, ...]:
-    """All physical network functions with their VFs; ``eswitch`` is not told by sysfs."""
+def read_functions(
+    settings: Settings, netdevs: Mapping[PciAddress, str]
+) -> tuple[tuple[Pf, ...], dict[int, tuple[PciAddress, ...]]]:
+    """All physical network functions with their VFs, and the IOMMU groups that a network function is in.
+
+    ``netdevs`` are names of network devices by function as ``read_nic`` told them, which saves a look.
+    ``eswitch`` is not told by sysfs. Bridges are in no group here: nobody is given one.
+    """
     pfs: list[Pf] = []
     vfs: set[str] = set()
+    groups: dict[int, list[PciAddress]] = {}
+    wanted: set[int] = set()
     for name in sorted(list_names(f"{settings.sys}/bus/pci/devices")):
         # A VF comes behind its PF (its routing ID is higher), and is not looked at again.
         if name in vfs:
             continue
-        pf = read_pf(settings, name)
+        base = f"{settings.sys}/bus/pci/devices/{name}"
+        kind = read_text(base + "/class") or ""
+        pf = read_pf(settings, name, netdevs) if kind.startswith(_NETWORK_CLASS) else None
         if pf is not None:
             pfs.append(pf)
             vfs.update(vf.pci.text for vf in pf.vfs)
-    return tuple(pfs)
+            for pci, group in ((pf.pci, pf.iommu_group), *((vf.pci, vf.iommu_group) for vf in pf.vfs)):
+                if group is not None:
+                    groups.setdefault(group, []).append(pci)
+                    wanted.add(group)
+        elif not kind.startswith(_BRIDGE_CLASS) and (group := _read_group(base)) is not None:
+            groups.setdefault(group, []).append(_parse(name))
+    return tuple(pfs), {group: tuple(sorted(groups[group])) for group in wanted}
 
 
-def read_pf(settings: Settings, name: str) -> Pf | None:
-    """The physical network function at a PCI address with its VFs; None where it is none, or a VF."""
+def read_pf(settings: Settings, name: str, netdevs: Mapping[PciAddress, str] | None = None) -> Pf | None:
+    """The physical network function at a PCI address with its VFs; None where it is none, or a VF.
+
+    ``netdevs`` as for ``read_functions``.
+    """
     base = f"{settings.sys}/bus/pci/devices/{name}"
     if not (read_text(base + "/class") or "").startswith(_NETWORK_CLASS):
         return None
     names = list_names(base)
     if not names or "physfn" in names:
         return None
-    pci = PciAddress.parse(name)
+    pci = _parse(name)
     vfs: list[Vf] = []
     for link in names:
         if link.startswith("virtfn") and link[6:].isdecimal():
-            vf = _read_vf(settings, pci, int(link[6:]), read_link_name(f"{base}/{link}"))
+            vf = _read_vf(settings, pci, int(link[6:]), read_link_name(f"{base}/{link}"), netdevs or {})
             if vf is not None:
                 vfs.append(vf)
     vfs.sort(key=lambda vf: vf.index)
     return Pf(
         pci=pci,
-        netdev=_read_netdev(base) or _read_virtio_netdev(base, names),
+        netdev=(netdevs or {}).get(pci) or _read_netdev(base) or _read_virtio_netdev(base, names),
         driver=read_link_name(base + "/driver"),
         iommu_group=_read_group(base),
         numvfs=_to_int(read_text(base + "/sriov_numvfs")) if "sriov_numvfs" in names else 0,
@@ -84,7 +105,7 @@ def read_iommu_group(settings: Settings, group: int) -> tuple[PciAddress, ...]:
     names = list_names(folder)
     for name in sorted(names):
         try:
-            pci = PciAddress.parse(name)
+            pci = _parse(name)
         except ValueError:
             continue  # not a PCI device (a platform device, on Arm)
         # Whatever is alone in its group is no bridge: it has a group for a network function's sake.
@@ -206,18 +227,22 @@ def _require_absent(error: OSError) -> None:
 # --- parts --------------------------------------------------------------------------------------
 
 
-def _read_vf(settings: Settings, pf: PciAddress, index: int, name: str | None) -> Vf | None:
+def _read_vf(
+    settings: Settings, pf: PciAddress, index: int, name: str | None, netdevs: Mapping[PciAddress, str]
+) -> Vf | None:
     if name is None:
         return None
     base = f"{settings.sys}/bus/pci/devices/{name}"
-    return Vf(
-        pci=PciAddress.parse(name),
-        pf=pf,
-        index=index,
-        netdev=_read_netdev(base),
-        driver=read_link_name(base + "/driver"),
-        iommu_group=_read_group(base),
-    )
+    pci = _parse(name)
+    driver = read_link_name(base + "/driver")
+    netdev = netdevs.get(pci) or (_read_netdev(base) if driver else None)
+    return Vf(pci, pf, index, netdev, driver, _read_group(base))
+
+
+@cache
+def _parse(name: str) -> PciAddress:
+    """A function is named by its folder, by its network device and by its IOMMU group."""
+    return PciAddress.parse(name)
 
 
 def _read_group(base: str) -> int | None:
@@ -244,7 +269,7 @@ def _read_device_pci(base: str) -> PciAddress | None:
     if name is not None and name.startswith("virtio"):
         name = os.path.realpath(base + "/device").split("/")[-2]
     try:
-        return PciAddress.parse(name) if name is not None else None
+        return _parse(name) if name is not None else None
     except ValueError:
         return None
 
