@@ -122,9 +122,12 @@ def test_another_namespaces_links_are_read_without_leaving_our_own(veth: tuple[s
     before = os.stat("/proc/thread-self/ns/net").st_ino
     ip("netns add blue")
     ip("link set v1 netns blue")
-    (blue,) = [item for item in namespaces._iterate_namespaces(DEFAULT) if item.name == "blue"]
+    (blue,) = [item for item in namespaces.iterate_namespaces(DEFAULT) if item.name == "blue"]
     assert blue.pid is None
-    assert {link.name for link in namespaces._read_links(blue)} == {"lo", "v1"}
+    route = namespaces._open_in(blue)
+    assert route is not None
+    with route:
+        assert {link.name for link in rtnetlink.read_links(route)} == {"lo", "v1"}
     assert {link.name for link in rtnetlink.read_links()} == {"lo", "v0"}
     assert os.stat("/proc/thread-self/ns/net").st_ino == before
 
@@ -134,13 +137,31 @@ def test_a_namespace_with_a_process_is_known_by_its_pid(netns: None):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert child.pid in [item.pid for item in namespaces._iterate_namespaces(DEFAULT)]
+        assert child.pid in [item.pid for item in namespaces.iterate_namespaces(DEFAULT)]
         child.kill()
 
 
 def test_a_namespace_that_went_away_is_passed_over(netns: None):
-    assert namespaces._read_links(namespaces.Namespace("/run/netns/nix", None)) == ()
-    assert namespaces._read_links(namespaces.Namespace("/dev/null", None)) == ()
+    assert namespaces._open_in(namespaces.Namespace("/run/netns/nix", None)) is None
+    assert namespaces._open_in(namespaces.Namespace("/dev/null", None)) is None
+
+
+def test_a_macvlan_that_was_moved_to_another_namespace_is_still_a_use(
+    veth: tuple[str, str], macvtap_works: None, ip: Ip
+):
+    ip("netns add blue")
+    ip("netns add red")
+    ip("link add link v0 name mv0 type macvlan mode bridge")
+    ip("link set mv0 netns blue")
+    # A veth's other end has our ifindex in its IFLA_LINK, too; it stands on nothing.
+    ip("link set v1 netns red")
+    how = 'macvlan "mv0" on it, in network namespace "blue"'
+    assert users("v0") == (User(None, "", how, UseKind.UPPER, "mv0"),)
+    ip("netns del blue")
+    deadline = time.monotonic() + 5
+    while users("v0") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert users("v0") == ()
 
 
 def test_a_function_whose_network_device_is_in_another_namespace_is_in_use_there():
@@ -151,7 +172,7 @@ def test_a_function_whose_network_device_is_in_another_namespace_is_in_use_there
         for pf in outside:
             found = read_inventory(DEFAULT, [pf.pci.text]).users_of(pf.resource)
             assert [user.kind for user in found] == [UseKind.NAMESPACE]
-            assert found[0].how.startswith(f"{pf.netdev} is in network namespace")
+            assert found[0].how.startswith(f"{pf.netdev} is in the network namespace of pid")
             assert found[0].pid is not None
 
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel.processes import iterate_pids
-from vnet_lock.kernel.rtnetlink import LinkInfo, open_route_socket, read_links
+from vnet_lock.kernel.rtnetlink import LinkInfo, open_route_socket, read_links, read_nsid
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
     from socket import socket
 
 _CLONE_NEWNET = 0x40000000
+# Kinds of devices that stand on another one. IFLA_LINK of a veth is its peer.
+_UPPER_KINDS = ("macvlan", "macvtap", "vlan", "ipvlan", "ipvtap")
 # What looking into a namespace gives that is gone by now, or that isn't ours to enter.
 _SHUT = (errno.ENOENT, errno.ESRCH, errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTDIR)
 
@@ -30,25 +32,49 @@ class Namespace:
     pid: int | None
     name: str = ""
 
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f'network namespace "{self.name}"' if self.name else f"the network namespace of pid {self.pid}"
 
-def find_netdevs(settings: Settings, parents: Collection[str]) -> dict[str, tuple[Namespace, LinkInfo]]:
-    """Where network devices are that are not in this namespace, by the name of their parent (PCI address).
 
-    Needs kernel 5.14 (IFLA_PARENT_DEV_NAME) and root; what can't be entered is passed over.
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What was found in other namespaces: network devices by their parent's name, uppers by lower ifindex."""
+
+    netdevs: dict[str, tuple[Namespace, LinkInfo]]
+    uppers: dict[int, list[tuple[Namespace, LinkInfo]]]
+
+
+def search(settings: Settings, parents: Collection[str], lowers: Collection[int]) -> Elsewhere:
+    """Look through all other network namespaces.
+
+    ``parents`` are names of devices (PCI addresses) that have no network device in this namespace; this
+    needs kernel 5.14 (IFLA_PARENT_DEV_NAME). ``lowers`` are ifindexes of this namespace: a macvlan that was
+    moved away is in no upper_* link of sysfs. What can't be entered is passed over: be root.
     """
-    found: dict[str, tuple[Namespace, LinkInfo]] = {}
-    missing = set(parents)
-    for namespace in _iterate_namespaces(settings) if missing else ():
-        for link in _read_links(namespace):
-            if link.parent in missing:
-                found[link.parent] = (namespace, link)
-                missing.discard(link.parent)
-        if not missing:
-            break
+    found = Elsewhere({}, {})
+    if not parents and not lowers:
+        return found
+    for namespace in iterate_namespaces(settings):
+        route = _open_in(namespace)
+        if route is None:
+            continue
+        with route:
+            links = read_links(route)
+            for link in links:
+                if link.parent is not None and link.parent in parents:
+                    found.netdevs[link.parent] = (namespace, link)
+            uppers = [link for link in links if link.kind in _UPPER_KINDS and link.link in lowers]
+            if uppers:
+                nsid = _read_own_nsid(settings, route)
+                for link in uppers:
+                    if link.link is not None and nsid is not None and link.link_nsid == nsid:
+                        found.uppers.setdefault(link.link, []).append((namespace, link))
     return found
 
 
-def _iterate_namespaces(settings: Settings) -> Iterator[Namespace]:
+def iterate_namespaces(settings: Settings) -> Iterator[Namespace]:
     """All other network namespaces that a process is in or that are mounted somewhere (ip netns, Docker)."""
     own = _identify(f"{settings.proc}/self/ns/net")
     mounted = _read_mounted(settings)
@@ -88,15 +114,23 @@ def _read_mounted(settings: Settings) -> dict[int, str]:
     return found
 
 
-def _read_links(namespace: Namespace) -> tuple[LinkInfo, ...]:
+def _read_own_nsid(settings: Settings, route: socket) -> int | None:
+    """The number under which another namespace knows this one."""
+    own = os.open(f"{settings.proc}/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        route = _open_socket_in(namespace.path)
+        return read_nsid(route, own)
+    finally:
+        os.close(own)
+
+
+def _open_in(namespace: Namespace) -> socket | None:
+    """A netlink socket of a namespace; None where it is gone or not ours to enter."""
+    try:
+        return _open_socket_in(namespace.path)
     except OSError as error:
         if error.errno in _SHUT:
-            return ()
+            return None
         raise VnetLockError(f"cannot enter network namespace {namespace.path}: {error.strerror}") from error
-    with route:
-        return read_links(route)
 
 
 def _open_socket_in(path: str) -> socket:

@@ -42,6 +42,7 @@ def read_users(
     """
     evidence = _Evidence(settings, tuple(pfs), tuple(nics), thorough)
     evidence.collect_functions()
+    evidence.collect_elsewhere()
     evidence.collect_uppers()
     evidence.collect_addresses(addresses)
     evidence.collect_sockets()
@@ -63,11 +64,12 @@ class _Evidence:
         # Evidence that holders may be found for: by device number and by socket inode.
         self._devices: dict[int, list[tuple[Resource, User]]] = {}
         self._sockets: dict[int, list[tuple[Resource, User]]] = {}
+        # Functions with a network driver but without a network device here.
+        self._gone: list[Pf | Vf] = []
         self.users: dict[Resource, list[User]] = {}
 
     def collect_functions(self) -> None:
         """What the drivers tell: VFIO, user space drivers, and network devices that went elsewhere."""
-        gone: list[Pf | Vf] = []
         held = False
         for function in self._functions:
             if function.driver is None or function.netdev is not None:
@@ -82,9 +84,7 @@ class _Evidence:
                 for rdev in read_vfio_rdevs(self._settings, function.pci):
                     self._ask_device(rdev, function.resource, replace(user, how=""))
             else:
-                gone.append(function)
-        if gone:
-            self._collect_gone(gone)
+                self._gone.append(function)
         if held:
             self._collect_libvirt()
 
@@ -102,6 +102,40 @@ class _Evidence:
                 self._add(resource, user)
                 if rdev is not None and self._is_worth_a_pid(resource):
                     self._ask_device(rdev, resource, user)
+
+    def collect_elsewhere(self) -> None:
+        """Network devices that were moved to other namespaces, and uppers that were.
+
+        An upper only works while its lower device is up. On a VF it is looked for always, on others only
+        where the whole host is asked about.
+        """
+        lowers = {
+            nic.ifindex: resource
+            for nic in self._nics.values()
+            if nic.up and self._is_worth_a_pid(resource := self._resource(nic))
+        }
+        parents = {function.pci: read_parent_names(self._settings, function.pci) for function in self._gone}
+        if not parents and not lowers:
+            return
+        from vnet_lock.kernel.namespaces import search  # only where there is something to look for
+
+        found = search(self._settings, {name for names in parents.values() for name in names}, lowers)
+        for function in self._gone:
+            where = next(
+                (found.netdevs[name] for name in parents[function.pci] if name in found.netdevs), None
+            )
+            how = f"bound to {function.driver}, with no network device that could be found"
+            user = User(None, "", how, UseKind.DRIVER)
+            if where is not None:
+                namespace, link = where
+                user = self._name(namespace.pid, f"{link.name} is in {namespace.text}", UseKind.NAMESPACE)
+            self._add(function.resource, user)
+        for ifindex, uppers in found.uppers.items():
+            for namespace, link in uppers:
+                how = f'{link.kind} "{link.name}" on it, in {namespace.text}'
+                self._add(
+                    lowers[ifindex], replace(self._name(namespace.pid, how, UseKind.UPPER), link=link.name)
+                )
 
     def collect_addresses(self, addresses: Mapping[int, tuple[str, ...]]) -> None:
         """Devices that the host itself talks through; one that is merely up is not in use."""
@@ -143,24 +177,6 @@ class _Evidence:
                             replace(user, pid=holder.pid, command=holder.command, how=user.how or holder.how),
                         )
 
-    def _collect_gone(self, functions: list[Pf | Vf]) -> None:
-        """Functions with a network driver but without a network device here."""
-        from vnet_lock.kernel.namespaces import find_netdevs  # only where a network device is missing
-
-        parents = {function.pci: read_parent_names(self._settings, function.pci) for function in functions}
-        by_parent = find_netdevs(self._settings, [name for names in parents.values() for name in names])
-        for function in functions:
-            found = next((by_parent[name] for name in parents[function.pci] if name in by_parent), None)
-            if found is None:
-                how = f"bound to {function.driver}, with no network device that could be found"
-                self._add(function.resource, User(None, "", how, UseKind.DRIVER))
-                continue
-            namespace, link = found
-            where = f'"{namespace.name}"' if namespace.name else f"of pid {namespace.pid}"
-            command = read_command(self._settings, namespace.pid) if namespace.pid else ""
-            how = f"{link.name} is in network namespace {where}"
-            self._add(function.resource, User(namespace.pid, command, how, UseKind.NAMESPACE))
-
     def _collect_libvirt(self) -> None:
         """Functions that a running guest's status file names: its QEMU holds the lock on its pid file."""
         resources = {function.pci: function.resource for function in self._functions}
@@ -182,10 +198,12 @@ class _Evidence:
             pid = holder if holder > 0 else None
             uuid = _UUID.search(status)
             mark = uuid[1].decode("ascii").lower() if uuid else None
-            command = read_command(self._settings, pid) if pid else ""
+            user = self._name(pid, f'libvirt\'s guest "{name}" has it', UseKind.LIBVIRT)
             for resource in mentioned:
-                how = f'libvirt\'s guest "{name}" has it'
-                self._add(resource, User(pid, command, how, UseKind.LIBVIRT, mark=mark))
+                self._add(resource, replace(user, mark=mark))
+
+    def _name(self, pid: int | None, how: str, kind: UseKind) -> User:
+        return User(pid, read_command(self._settings, pid) if pid else "", how, kind)
 
     def _is_worth_a_pid(self, resource: Resource) -> bool:
         return self._thorough or resource.kind is ResourceKind.VF
