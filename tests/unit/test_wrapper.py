@@ -191,7 +191,7 @@ def test_an_interrupt_at_the_terminal_ends_qemu_and_we_outlive_it(run, key, name
 
 
 def test_what_the_terminal_sends_is_not_sent_again(run):
-    # Out of the terminal's reach, this QEMU gets only what we pass on; two signals at once would look like one.
+    # Out of the terminal's reach, this QEMU gets what we pass on; two signals at once would look like one.
     counting = COUNTING.format(signal="INT").replace("until [ $n -gt 0 ]; do sleep 0.02; done", "sleep 0.5")
     qemu = run.write_qemu(f'[ "$INNER" ] || INNER=1 exec setsid "$0"\n{counting}')
     assert press(b"\x03", run, qemu) == 40
