@@ -174,7 +174,8 @@ def _entry(record: Any) -> journal.Entry:
     if type(record) is not dict:
         raise TypeError("an entry of the journal is no JSON object")
     entry = journal.from_json(record)
-    for name, types in _types_of(type(entry)):
+    kind: type[Any] = type(entry)
+    for name, types in _types_of(kind):
         value = getattr(entry, name)
         if type(value) not in types:
             raise TypeError(f"{name} in the journal is {type(value).__name__}")
@@ -182,7 +183,7 @@ def _entry(record: Any) -> journal.Entry:
 
 
 @lru_cache(maxsize=16)
-def _types_of(cls: type[journal.Entry]) -> tuple[tuple[str, tuple[type, ...]], ...]:
+def _types_of(cls: type[Any]) -> tuple[tuple[str, tuple[type, ...]], ...]:
     return tuple((field.name, _TYPES[field.type]) for field in fields(cls))
 
 
