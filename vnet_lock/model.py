@@ -182,7 +182,8 @@ class Wanted:
 class Claim:
     """One record of the claim table.
 
-    All claims that one interface needed share ``token``; the journal stands in the one whose resource sorts first.
+    All claims that one interface needed share ``token``; the journal stands in the one whose resource
+    sorts first.
     ``interface`` is the alias or netdev id for which it was made, ``since`` is seconds of the epoch.
     ``worker`` is the process that is changing things while the state is reserved or releasing.
     """

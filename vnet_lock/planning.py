@@ -214,13 +214,13 @@ def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Ass
             message = (
                 f"{request.interface}: there is no network device at {request.device}; see: vnet-lock status"
             )
-            return Refusal(request, RefusalKind.IMPOSSIBLE, message)
+            return Refusal(request, RefusalKind.INVALID, message)
         wanted = function_wanted(inventory, request.device)
     else:
         nic = inventory.nic_named(request.device)
         if nic is None:
             message = f"{request.interface}: there is no network device {request.device!r}; see: ip link"
-            return Refusal(request, RefusalKind.IMPOSSIBLE, message)
+            return Refusal(request, RefusalKind.INVALID, message)
         whole = request.form is Form.PASSTHRU
         wanted = nic_wanted(inventory, nic, Mode.EXCLUSIVE if whole else Mode.SHARED)
     twice = next((item.resource for item in wanted if item.resource in own), None)
@@ -252,6 +252,12 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
 
 
 def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> Assignment | Refusal:
+    if not any(_is_here(dev, situation.inventory) for dev in intent.devs):
+        names = " or ".join(map(repr, intent.devs))
+        message = (
+            f"{intent.interface}: there is no network device {names} here; see: vnet-lock status, ip link"
+        )
+        return Refusal(intent, RefusalKind.INVALID, message)
     rejected: list[Rejection] = []
     obstacles: list[Obstacle] = []
     tried = False
@@ -290,8 +296,20 @@ def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> As
     return _refusal(intent, rejected, obstacles)
 
 
+def _is_here(dev: str, inventory: Inventory) -> bool:
+    if inventory.nic_named(dev):
+        return True
+    try:
+        pci = PciAddress.parse(dev)
+    except ValueError:
+        return False
+    return bool(inventory.vf_at(pci) or inventory.pf_at(pci))
+
+
 def _refusal(intent: Intent, rejected: list[Rejection], obstacles: list[Obstacle]) -> Refusal:
-    reasons = list(dict.fromkeys(rejection.reason for rejection in rejected))
+    # What is wrong with the devices says more than what the host lacks in general.
+    of_devices = [rejection for rejection in rejected if " on " in rejection.candidate]
+    reasons = list(dict.fromkeys(rejection.reason for rejection in of_devices or rejected))
     distinct = list(dict.fromkeys(obstacle.message for obstacle in obstacles))
     where = " or ".join(intent.devs)
     if distinct:

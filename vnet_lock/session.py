@@ -412,14 +412,10 @@ class Session:
 
     def _give_back(self, token: str, drop: bool = True, wait_s: float | None = None) -> list[str]:
         """Undo one interface's claims and drop them; return what could not be done, and keep them then."""
-        with self.table.guarded() as writer:
-            claims = writer.read().with_token(token)
-            worker = next((claim.worker for claim in claims if claim.worker), None)
-            if worker and worker != self._me and processes.is_alive(self.settings, worker):
-                return [f"{claims[0].resource} is being worked on by pid {worker.pid}"]
-            claims = tuple(replace(claim, state=State.RELEASING, worker=self._me) for claim in claims)
-            for claim in claims:
-                writer.replace(claim)
+        try:
+            claims = self._mark_releasing(token)
+        except Refused as error:
+            return [str(error)]
         if not claims:
             return []
         failures = self._wait_until_free(claims, self.settings.free_wait_s if wait_s is None else wait_s)
@@ -437,6 +433,25 @@ class Session:
                 else:
                     writer.replace(replace(claim, journal=()))
         return failures
+
+    def _mark_releasing(self, token: str) -> tuple[Claim, ...]:
+        """Make an interface's claims ours to undo; empty where they are gone, or somebody else saw to it.
+
+        Waits a while for another who is at it, and raises Refused where he doesn't come to an end.
+        """
+        deadline = time.monotonic() + self.settings.busy_wait_s
+        while True:
+            with self.table.guarded() as writer:
+                claims = writer.read().with_token(token)
+                worker = next((claim.worker for claim in claims if claim.worker), None)
+                if worker is None or worker == self._me or not processes.is_alive(self.settings, worker):
+                    claims = tuple(replace(one, state=State.RELEASING, worker=self._me) for one in claims)
+                    for claim in claims:
+                        writer.replace(claim)
+                    return claims
+            if time.monotonic() > deadline:
+                raise Refused(f"{claims[0].resource} is being worked on by pid {worker.pid}")
+            time.sleep(_RETRY_S)
 
     def _wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""

@@ -324,7 +324,7 @@ def test_print_refuses_what_another_holds(host):
 @pytest.mark.parametrize(
     ("line", "code"),
     [
-        ("-netdev host,id=net0,mode=vepa,dev=nosuch0", 5),
+        ("-netdev host,id=net0,mode=vepa,dev=nosuch0", 2),
         ("-netdev host,id=net0,mode=veb,port=bridge,dev=up0", 5),
         ("-netdev host,id=net0,mode=private,dev=up0,protocols=vfio", 5),
     ],

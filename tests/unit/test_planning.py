@@ -286,12 +286,6 @@ def test_a_private_vf_is_alone_on_its_pf() -> None:
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (
-            Fixed("hostdev0", PciAddress.parse("0000:09:00.0"), Form.HOSTDEV),
-            "no network device at 0000:09:00.0",
-        ),
-        (Fixed("net0", "eth9", Form.VEPA), "no network device 'eth9'"),
-        (replace(VEPA, devs=("eth9",), ports=(Port.MACVLAN,)), "no network device 'eth9'"),
         (replace(VFIO, devs=("enp3",)), "has no VFs yet; run: vnet-lock vfs enp3 7"),
         (replace(VFIO, devs=("eth0",)), "no SR-IOV network device 'eth0'"),
         (replace(VEPA, devs=("br0",), ports=(Port.MACVLAN,)), "is a bridge"),
@@ -344,3 +338,21 @@ def test_a_stale_claim_does_not_count_in_a_preview() -> None:
     dead = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A)
     result = decide(inventory, VFIO, claims=(dead,), stale=frozenset({dead.token}))
     assert planned(result) == [("veb-sriov-vfio", "vf:0000:01:10.0")]
+
+
+def test_a_device_of_several_that_is_not_there_is_passed_over() -> None:
+    both = replace(VEPA, devs=("eth9", "enp1"))
+    assert planned(decide(host(pf(PF_A, "enp1", 1)), both))[0][1] == "pf:0000:01:00.0"
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Fixed("host0", PciAddress.parse("9:00.0"), Form.HOSTDEV), "no network device at 0000:09:00.0"),
+        (Fixed("net0", "eth9", Form.VEPA), "no network device 'eth9'"),
+        (replace(VEPA, devs=("eth9",)), "no network device 'eth9'"),
+        (replace(VFIO, devs=("0000:09:00.0",)), "no network device '0000:09:00.0'"),
+    ],
+)
+def test_a_device_that_is_not_there_is_bad_input(request_: Request, words: str) -> None:
+    assert words in refused(decide(host(pf(PF_A, "enp1", 1)), request_), RefusalKind.INVALID)

@@ -6,12 +6,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, Protocol, assert_never
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.combination import Backend, Combination
-from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.supervisor import Guest, Lifecycle, become, print_error, run_guest
-from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, RefusalKind, Request
+from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, Request
+from vnet_lock.planning import error_of
 from vnet_lock.qemu_argv import QemuArgv, read_argv, rewrite
 from vnet_lock.settings import DEFAULT, Settings
 
@@ -191,18 +192,6 @@ def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) 
     if argv.hosts:
         result = open_planner().plan(argv.intents)
         if isinstance(result, Refusal):
-            raise _error_of(result)
+            raise error_of(result)
         connections = {one.request.interface: Shown.of(one) for one in result.assignments}
     print(shlex.join([command.program, *rewrite(argv, connections)]))
-
-
-def _error_of(refusal: Refusal) -> VnetLockError:
-    match refusal.kind:
-        case RefusalKind.HELD:
-            return Refused(refusal.message, holder=refusal.holder)
-        case RefusalKind.IMPOSSIBLE:
-            return Unsupported(refusal.message)
-        case RefusalKind.INVALID:
-            return BadInput(refusal.message)
-        case _ as never:
-            assert_never(never)
