@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lab.machines import Guests, virsh
-from tests.lab.nic import Nic
+from tests.lab.nic import Nic, run
 
 # Beyond this a test hangs; a busy machine makes an emulated CPU very slow.
 TEST_S = 600
@@ -65,3 +66,13 @@ def guests(lab: Nic, logs: Path, tmp_path: Path) -> Iterator[Guests]:
 def run_virsh() -> Callable[..., object]:
     """``virsh("list", check=False)``."""
     return virsh
+
+
+@pytest.fixture(scope="module")
+def hook() -> Iterator[None]:
+    """vnet-lock's hook, as a person installs it; libvirtd looks for hooks when it gets SIGHUP."""
+    daemon = int(Path("/run/libvirtd.pid").read_text())
+    run("vnet-lock", "hooks", "install")
+    os.kill(daemon, signal.SIGHUP)
+    yield
+    run("vnet-lock", "hooks", "remove")
