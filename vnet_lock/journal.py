@@ -32,7 +32,7 @@ class VfAdmin:
 class Link:
     """A network device's own settings before; ``device`` is its PCI address, or its name if it has none.
 
-    ``addr_gen_mode`` is as in ip-sysctl (0 EUI-64, 1 none), None without IPv6.
+    ``addr_gen_mode`` is as in ip-sysctl (0 EUI-64, 1 none), None without IPv6. ``name`` is what it was called.
     """
 
     device: str
@@ -41,6 +41,7 @@ class Link:
     up: bool
     allmulticast: bool = False
     addr_gen_mode: int | None = None
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,7 +80,7 @@ def _restore_driver(settings: Settings, saved: Driver) -> None:
 def _restore_link(settings: Settings, saved: Link) -> None:
     netdev = saved.device
     if ":" in saved.device:
-        netdev = before.wait_for_netdev(settings, PciAddress.parse(saved.device))
+        netdev = before.wait_for_netdev(settings, PciAddress.parse(saved.device), saved.name)
     now = before.read_link(settings, saved.device, netdev)
     if now is None:
         raise Vanished(f"{netdev} is gone")

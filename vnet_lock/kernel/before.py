@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from vnet_lock.errors import Vanished
+from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import Driver, Entry, Link, VfAdmin
 from vnet_lock.kernel import pci as pci_kernel
 from vnet_lock.kernel import rtnetlink
@@ -47,14 +47,29 @@ def read_netdev(settings: Settings, pci: PciAddress) -> str | None:
     return names[0] if names else None
 
 
-def wait_for_netdev(settings: Settings, pci: PciAddress, timeout_s: float = _NETDEV_WAIT_S) -> str:
-    """The function's network device once it is there (again); Vanished after ``timeout_s`` seconds."""
-    deadline = time.monotonic() + timeout_s
-    while (netdev := read_netdev(settings, pci)) is None:
+def wait_for_netdev(settings: Settings, pci: PciAddress, name: str | None) -> str:
+    """The function's network device once it is there (again), called ``name`` once more.
+
+    A driver that was just bound calls it eth0; udev renames it within seconds, unless it was set up before.
+    Where nobody does, in a container say, the name is ours to give. Vanished where there is no device.
+    """
+    deadline = time.monotonic() + _NETDEV_WAIT_S
+    while (netdev := read_netdev(settings, pci)) is None or (name and netdev != name):
         if time.monotonic() > deadline:
-            raise Vanished(f"{pci} got no network device within {timeout_s:g} s; see: dmesg")
+            break
         time.sleep(0.02)
-    return netdev
+    if netdev is None:
+        raise Vanished(f"{pci} got no network device within {_NETDEV_WAIT_S:g} s; see: dmesg")
+    if name is None or netdev == name:
+        return netdev
+    from vnet_lock.kernel import netlink
+
+    try:
+        netlink.rename_link(netdev, name)
+    except VnetLockError:
+        # Another has the name by now, or udev was quicker.
+        return read_netdev(settings, pci) or netdev
+    return name
 
 
 def read_link(settings: Settings, device: str, netdev: str) -> Link | None:
@@ -69,8 +84,9 @@ def read_link(settings: Settings, device: str, netdev: str) -> Link | None:
             up=bool(flags & _IFF_UP),
             allmulticast=bool(flags & _IFF_ALLMULTI),
             addr_gen_mode=_read_addr_gen_mode(settings, netdev),
+            name=netdev,
         )
-    except (FileNotFoundError, OSError):
+    except OSError:
         return None
 
 

@@ -104,7 +104,7 @@ def _set_mac(job: Job, vf: Vf, netdev: str, pf_netdev: str, mac: str) -> str:
         netlink.set_vf(pf_netdev, vf.index, mac=mac)
         pci.bind_driver(job.settings, vf.pci, None)
         pci.bind_driver(job.settings, vf.pci, vf.driver)
-        netdev = wait_for_netdev(job.settings, vf.pci)
+        netdev = wait_for_netdev(job.settings, vf.pci, vf.netdev)
     return netdev
 
 
