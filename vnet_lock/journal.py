@@ -32,7 +32,7 @@ class VfAdmin:
 class Link:
     """A network device's own settings before; ``device`` is its PCI address, or its name if it has none.
 
-    ``addr_gen_mode`` is as in ip-sysctl (0 EUI-64, 1 none), None without IPv6. ``name`` is what it was called.
+    ``addr_gen_mode`` is as in ip-sysctl (0 EUI-64, 1 none), None without IPv6; ``name`` its name.
     """
 
     device: str

@@ -1,4 +1,4 @@
-"""One line of the benchmark's table: what was measured, against a floor of the same run."""
+"""One line of the benchmark's table: what was measured, against a floor or limit of the same run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``measured_s`` is at most ``limit_ratio`` times ``floor_s``, the least that it could have been."""
+    """``measured`` is to be at most ``limit_ratio`` times ``floor``; both are in ``unit``."""
 
     what: str
-    measured_s: float
-    floor_s: float
+    measured: float
+    floor: float
     limit_ratio: float
+    unit: str = "s"
 
     @property
     def ratio(self) -> float:
         """How many times the floor it took."""
-        return self.measured_s / self.floor_s
+        return self.measured / self.floor
 
     @property
     def is_met(self) -> bool:

@@ -28,7 +28,7 @@ def rows() -> tuple[Row, ...]:
             subprocess.run(["ip", *words.split()], check=True)
         resident_mb, cpu_s = measure()
     return (
-        Row("vnet-qemu while its guest runs: MB resident", resident_mb, RESIDENT_MB, 1),
+        Row("vnet-qemu while its guest runs: resident", resident_mb, RESIDENT_MB, 1, "MB"),
         Row(f"vnet-qemu while its guest runs: CPU in {WATCHED_S:.0f} s", cpu_s, WATCHED_S, IDLE_SHARE),
     )
 
