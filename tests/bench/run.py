@@ -32,10 +32,8 @@ def main() -> int:
     print(f"{'what':{width}}  {'measured':>10}  {'floor':>10}  {'ratio':>6}  {'at most':>7}")
     for row in rows:
         measured, floor = quantity(row.measured, row.unit), quantity(row.floor, row.unit)
-        verdict = "" if row.is_met else "  missed"
-        print(
-            f"{row.what:{width}}  {measured:>10}  {floor:>10}  {row.ratio:6.2f}  {row.limit_ratio:7.2f}{verdict}"
-        )
+        ratios = f"{row.ratio:6.2f}  {row.limit_ratio:7.2f}{'' if row.is_met else '  missed'}"
+        print(f"{row.what:{width}}  {measured:>10}  {floor:>10}  {ratios}")
     load = os.getloadavg()[0]
     print(f"\n{os.cpu_count()} cores, load {load:.1f}: ratios are of one run; times are this machine's.")
     return 0

@@ -141,7 +141,7 @@ def _explain(error: OSError, ifname: str, queues: int) -> VnetLockError:
         return Vanished(f"{ifname} is gone, or the tun module is not loaded; run: modprobe tun")
     if error.errno in (errno.EACCES, errno.EPERM):
         return Unsupported(
-            f"{ifname}: its device may not be opened here: {error.strerror}; run as root, with a /dev that"
-            " isn't mounted nodev"
+            f"{ifname}: its device may not be opened here: {error.strerror}; run as root, where device"
+            " nodes work (not mounted nodev)"
         )
     return VnetLockError(f"cannot open {ifname}: {error.strerror}")

@@ -186,7 +186,7 @@ def _write(path: str, text: str, what: str, pci: PciAddress) -> None:
             raise Vanished(f"{what} failed: {error.strerror}; is {pci} still there?") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise Unsupported(
-                f"{what} failed: {error.strerror}; run as root, with a writable /sys"
+                f"{what} failed: {error.strerror}; run as root, with a writable sysfs"
             ) from error
         if error.errno == errno.EBUSY:
             raise VnetLockError(f"{what} failed: in use; see: vnet-lock status") from error
