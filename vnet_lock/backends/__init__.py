@@ -10,12 +10,12 @@ The file of a backend is named like its member of ``Backend`` and has two functi
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.model import PciAddress
+from vnet_lock.ports import load
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,4 @@ class Connection:
 
 def find(backend: Backend) -> ModuleType | None:
     """The backend's own file, None while there is none."""
-    name = f"{__name__}.{backend.name.lower()}"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
+    return load(f"{__name__}.{backend.name.lower()}")

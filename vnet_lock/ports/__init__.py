@@ -52,7 +52,11 @@ class Job:
 
 def find(port: Port) -> ModuleType | None:
     """The port's own file, None while there is none."""
-    name = f"{__name__}.{port.name.lower()}"
+    return load(f"{__name__}.{port.name.lower()}")
+
+
+def load(name: str) -> ModuleType | None:
+    """A module, None where there is none; an import that fails inside it stays an error."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
