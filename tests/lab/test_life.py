@@ -73,6 +73,21 @@ def test_libvirtd_restarts_and_no_guest_notices(lab: Nic, guests: Guests, sign: 
     assert [vf["state"] for vf in status().values()] == ["free", "free"]
 
 
+def test_a_restart_of_the_daemon_claims_what_running_guests_use(lab: Nic, guests: Guests) -> None:
+    """So a host that gets vnet-lock while guests run is protected as soon as libvirt's daemon restarts."""
+    vf = lab.set_numvfs(1)[0]
+    made = guests.libvirt("earlier", hostdev_xml(vf, "52:54:00:00:06:01"))
+    for name in os.listdir("/run/vnet-lock/claims"):
+        os.unlink(f"/run/vnet-lock/claims/{name}")
+    assert status()[vf.pci]["state"] == "foreign"
+    assert not CONTENDERS["vfio"](guests, vf, "", "other").runs
+    restart_libvirtd(signal.SIGTERM)
+    wait_until(lambda: owner_of(vf) == "earlier", "the running guest has its claim", 120)
+    assert made.state == "running"
+    made.destroy()
+    assert not os.listdir("/run/vnet-lock/claims")
+
+
 def test_a_libvirt_guest_that_fails_to_start_leaves_nothing(lab: Nic, guests: Guests) -> None:
     vf = lab.set_numvfs(1)[0]
     before = looks(lab, 0)
