@@ -13,7 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tests.lab import guest
@@ -46,7 +46,7 @@ class Story:
             argv, capture_output=True, text=True, timeout=DEADLINE_S, check=False, stdin=subprocess.DEVNULL
         )
         if not quiet:
-            print(self._paint("36", f"$ {shlex.join(argv)}"))
+            print(self._paint("36", f"$ {shown(argv)}"))
             text = (result.stdout + result.stderr).rstrip()
             print("".join(f"  {line}\n" for line in text.splitlines() if line), end="")
             if result.returncode:
@@ -56,7 +56,7 @@ class Story:
 
     def start(self, *argv: str) -> subprocess.Popen[bytes]:
         """Start a command that goes on in the background."""
-        print(self._paint("36", f"$ {shlex.join(argv)} &"), flush=True)
+        print(self._paint("36", f"$ {shown(argv)} &"), flush=True)
         return subprocess.Popen(argv, stdin=subprocess.DEVNULL)
 
     def check(self, holds: bool, what: str) -> None:
@@ -66,6 +66,14 @@ class Story:
 
     def _paint(self, colour: str, text: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._colour else text
+
+
+def shown(argv: Sequence[str]) -> str:
+    """A command as it is shown: a guest's machine, kernel and console are of no interest here."""
+    words = list(argv)
+    if "-nodefaults" in words and "-netdev" in words:
+        words[words.index("-nodefaults") : words.index("-netdev")] = ["…"]
+    return shlex.join(words).replace("'…'", "…")
 
 
 def state(nic: Nic, index: int) -> dict[str, object]:
