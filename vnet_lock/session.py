@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
-from vnet_lock.claims import ClaimTable, new_token
+from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import Backend, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.journal import Entry, MadeLink
@@ -45,6 +46,10 @@ from vnet_lock.planning import Situation, error_of, function_wanted, name_of, ni
 from vnet_lock.ports import Job, Opened
 from vnet_lock.settings import DEFAULT, Settings
 from vnet_lock.undo import undo
+
+T = TypeVar("T")
+# What must hold of one interface's claims, asked under the guard.
+Still = Callable[[tuple[Claim, ...]], bool]
 
 _RETRY_S = 0.05
 _HEAL_WAIT_S = 0.2
@@ -83,7 +88,7 @@ class Session:
         """What would be done now; changes nothing."""
         requests = tuple(requests)
         claims = self.table.read()
-        stale = frozenset(claim.token for claim in claims.records if self._is_stale(claim))
+        stale = frozenset(self._stale(claims))
         situation = self._situation(self._observe(requests), owner, requests)
         return plan(requests, replace(situation, claims=claims, stale=stale))
 
@@ -93,20 +98,28 @@ class Session:
         """Claim what the requests need and make what they want: all or nothing.
 
         What the same guest held before is undone and replaced, without a moment in which another could
-        take it; with ``beside`` it stays, and what is new comes to it. Raises Refused, Unsupported,
-        BadInput, or VnetLockError where the kernel refuses.
+        take it. With ``beside`` it stays, and what is new comes to it: reserved by this process until
+        ``activate``. Raises Refused, Unsupported, BadInput, or VnetLockError where the kernel refuses.
         """
         requests = tuple(requests)
         if not requests:
             return ()
-        if not beside:
-            self._undo_earlier(owner)
-        inventory, reserved = self._reserve(owner, requests, beside)
+        earlier = () if beside else self._undo_earlier(owner)
+        try:
+            inventory, reserved = self._reserve(owner, requests, beside)
+        except BaseException:
+            # Nothing is left of it to be used, so nobody else need be kept from it.
+            for token in earlier:
+                self._give_back(token)
+            raise
         grants: list[Grant] = []
         try:
             for assignment, claims in reserved:
                 opened, journal = self._open(assignment, claims[0], inventory)
-                self._activate(claims[0].token, journal)
+                if not beside:
+                    self._activate(claims[0].token, journal)
+                elif journal:
+                    self._journal_of(claims[0].token)(journal)
                 grants.append(Grant(assignment, claims[0].token, opened))
         except BaseException:
             # Also where a deadline or ^C cut it short: nothing may stay half-done.
@@ -114,6 +127,11 @@ class Session:
                 self._give_back(claims[0].token)
             raise
         return tuple(grants)
+
+    def activate(self, grants: Iterable[Grant]) -> None:
+        """What was acquired ``beside`` is the owner's from now on, and lives as long as he does."""
+        for grant in grants:
+            self._activate(grant.token, ())
 
     def connect(self, grant: Grant) -> Connection:
         """Open what a QEMU of ours is handed for a grant; the caller owns the descriptors."""
@@ -136,20 +154,17 @@ class Session:
         requests = tuple(requests)
         if not requests:
             return []
-        self.heal()
-        inventory = self._observe(requests)
-        situation = replace(self._situation(inventory, owner, requests), ignored=_OF_LIBVIRT)
-        added: list[Claim] = []
-        with self.table.guarded() as writer:
-            claims = writer.read()
-            held = {claim.resource for claim in claims.of(owner)}
-            result = plan(requests, replace(situation, claims=claims))
-            if isinstance(result, Refusal):
-                raise error_of(result)
-            for assignment in result.assignments:
-                missing = tuple(item for item in assignment.wanted if item.resource not in held)
+
+        def write(writer: Writer, claims: Claims, found: Plan) -> list[Claim]:
+            held = claims.of(owner)
+            added: list[Claim] = []
+            for assignment in found.assignments:
+                missing = _missing(assignment.wanted, held)
                 added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
             writer.add(added)
+            return added
+
+        _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT)
         return [claim.resource.text for claim in added]
 
     def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
@@ -164,13 +179,15 @@ class Session:
             obstacle = replace(situation, claims=claims).obstacle(wanted)
             if obstacle:
                 raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
-            held = {claim.resource for claim in claims.of(owner)}
-            if resource in held:
-                return next(claim for claim in claims.of(owner) if claim.resource == resource)
-            missing = tuple(item for item in wanted if item.resource not in held)
+            held = claims.of(owner)
+            missing = _missing(wanted, held)
             added = self._claims_for(owner, Assignment(request, None, missing), State.ACTIVE)
             writer.add(added)
-        return added[0]
+        return next(
+            claim
+            for claim in (*added, *held)
+            if claim.resource == wanted[0].resource and wanted[0].mode in (claim.mode, Mode.SHARED)
+        )
 
     def hand_over(self, old: Owner, new: Owner) -> None:
         """The same claims, held by another process from now on (a QEMU that became a daemon)."""
@@ -188,7 +205,7 @@ class Session:
         """
         claims = self.table.read().of(owner)
         tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        self._give_back_all(tokens)
+        self._give_back_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
@@ -210,7 +227,7 @@ class Session:
         failures: list[str] = []
         for claim in claims.on(resource):
             by_hand = claim.owner.kind is OwnerKind.PROCESS
-            if not force and not by_hand and not self._is_stale(claim):
+            if not force and not by_hand and not self._is_stale(claims.with_token(claim.token)):
                 obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
                 message = (
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
@@ -223,15 +240,12 @@ class Session:
 
     def heal(self, dry_run: bool = False) -> list[Healed]:
         """Undo and drop the claims whose owner is proven dead, and those left half given back."""
-        stale: dict[str, list[Claim]] = {}
-        for claim in self.table.read().records:
-            if self._is_stale(claim):
-                stale.setdefault(claim.token, []).append(claim)
+        stale = self._stale(self.table.read())
         if dry_run:
-            return [Healed(tuple(claims)) for claims in stale.values()]
+            return [Healed(claims) for claims in stale.values()]
         # A process that is dead holds nothing any more: what is held still is held by another.
         return [
-            Healed(tuple(claims), tuple(self._give_back(token, wait_s=_HEAL_WAIT_S)))
+            Healed(claims, tuple(self._give_back(token, wait_s=_HEAL_WAIT_S, still=self._is_stale)))
             for token, claims in stale.items()
         ]
 
@@ -266,6 +280,9 @@ class Session:
             writer.add(added)
         try:
             with self._pf_lock(pf):
+                # Where there were no VFs, no claim kept another from making some, and from giving them away.
+                if pci.read_numvfs(self.settings, pf) != len(found.vfs):
+                    raise Refused(f"the VFs of PF {pf} are being changed by another; see: vnet-lock status")
                 pci.set_numvfs(self.settings, pf, count)
         finally:
             with self.table.guarded() as writer:
@@ -305,24 +322,53 @@ class Session:
     def _reserve(
         self, owner: Owner, requests: tuple[Request, ...], beside: bool
     ) -> tuple[Inventory, list[tuple[Assignment, list[Claim]]]]:
-        """Plan and write the claims under the guard; wait a while for what is just being released."""
+        """Write the claims that the requests need, in the place of what the guest had before."""
+
+        def write(writer: Writer, claims: Claims, found: Plan) -> list[tuple[Assignment, list[Claim]]]:
+            reserved = [
+                (assignment, self._claims_for(owner, assignment, State.RESERVED))
+                for assignment in found.assignments
+            ]
+            writer.add(claim for _, made in reserved for claim in made)
+            for claim in () if beside else claims.of(owner):
+                writer.drop(claim)
+            return reserved
+
+        return self._decide(owner, requests, write, beside=beside)
+
+    def _decide(
+        self,
+        owner: Owner,
+        requests: tuple[Request, ...],
+        write: Callable[[Writer, Claims, Plan], T],
+        *,
+        beside: bool = False,
+        ignored: frozenset[UseKind] = frozenset(),
+    ) -> tuple[Inventory, T]:
+        """Plan, and ``write`` what comes of it, under one guard.
+
+        Heals what is stale where that is in the way, and waits a while for what is just being released.
+        Raises what speaks against it.
+        """
         deadline = time.monotonic() + self.settings.busy_wait_s
         may_heal = True
         while True:
+            known = {claim.token for claim in self.table.read().records}
             inventory = self._observe(requests)
-            situation = replace(self._situation(inventory, owner, requests), beside=beside)
+            situation = self._situation(inventory, owner, requests)
+            situation = replace(situation, beside=beside, ignored=ignored)
             with self.table.guarded() as writer:
                 claims = writer.read()
                 result = plan(requests, replace(situation, claims=claims))
-                if isinstance(result, Plan):
-                    reserved = [
-                        (assignment, self._claims_for(owner, assignment, State.RESERVED))
-                        for assignment in result.assignments
-                    ]
-                    writer.add(claim for _, made in reserved for claim in made)
-                    for claim in () if beside else claims.of(owner):
-                        writer.drop(claim)
-                    return inventory, reserved
+                # What was given back since we looked would seem to be a stranger's use, and its settings
+                # those that the device has by itself.
+                is_old = not known <= {claim.token for claim in claims.records}
+                is_late = time.monotonic() > deadline
+                if isinstance(result, Plan) and (is_late or not is_old):
+                    return inventory, write(writer, claims, result)
+            if is_old and not is_late:
+                continue
+            assert isinstance(result, Refusal)  # noqa: S101 - a plan was returned, or is too old
             if may_heal and self.heal():
                 may_heal = False
                 continue
@@ -331,7 +377,7 @@ class Session:
                 for claim in claims.records
                 if claim.resource == result.resource
             )
-            if not releasing or time.monotonic() > deadline:
+            if not releasing or is_late:
                 raise error_of(result)
             time.sleep(_RETRY_S)
 
@@ -398,43 +444,57 @@ class Session:
                 entries = claim.journal + (journal if claim == first else ())
                 writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
 
-    def _undo_earlier(self, owner: Owner) -> None:
-        """Undo what the same guest left from an earlier start, but hold on to it."""
+    def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
+        """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""
         tokens = dict.fromkeys(claim.token for claim in self.table.read().of(owner))
         failures = [failure for token in tokens for failure in self._give_back(token, drop=False)]
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
+        return tuple(tokens)
 
-    def _give_back_all(self, tokens: Iterable[str]) -> None:
-        failures = [failure for token in tokens for failure in self._give_back(token)]
+    def _give_back_all(self, tokens: Iterable[str], still: Still | None = None) -> None:
+        failures = [failure for token in tokens for failure in self._give_back(token, still=still)]
         if failures:
             raise VnetLockError("; ".join(failures) + "; what is left to undo is kept: vnet-lock gc")
 
-    def _give_back(self, token: str, drop: bool = True, wait_s: float | None = None) -> list[str]:
-        """Undo one interface's claims and drop them; return what could not be done, and keep them then."""
+    def _give_back(
+        self, token: str, drop: bool = True, wait_s: float | None = None, still: Still | None = None
+    ) -> list[str]:
+        """Undo one interface's claims and drop them; return what could not be done, and keep them then.
+
+        Nothing is done where ``still`` doesn't hold of them (any more).
+        """
         try:
-            claims = self._mark_releasing(token)
-        except Refused as error:
+            claims = self._mark_releasing(token, still)
+            if not claims:
+                return []
+            failures = self._undo_marked(claims, self.settings.free_wait_s if wait_s is None else wait_s)
+            with self.table.guarded() as writer:
+                for claim in writer.read().with_token(token):
+                    if failures:
+                        writer.replace(replace(claim, worker=None))
+                    elif drop:
+                        writer.drop(claim)
+                    else:
+                        writer.replace(replace(claim, journal=()))
+        except VnetLockError as error:
             return [str(error)]
-        if not claims:
-            return []
-        failures = self._wait_until_free(claims, self.settings.free_wait_s if wait_s is None else wait_s)
-        if not failures:
+        return failures
+
+    def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
+        """Wait until the devices are free and undo what the journals say; return what could not be done."""
+        try:
+            failures = self._wait_until_free(claims, wait_s)
+            if failures:
+                return failures
             with ExitStack() as stack:
                 for pf in sorted({claim.pf for claim in claims if claim.pf}):
                     stack.enter_context(self._pf_lock(pf))
-                failures = [failure for claim in claims for failure in undo(self.settings, claim)]
-        with self.table.guarded() as writer:
-            for claim in writer.read().with_token(token):
-                if failures:
-                    writer.replace(replace(claim, worker=None))
-                elif drop:
-                    writer.drop(claim)
-                else:
-                    writer.replace(replace(claim, journal=()))
-        return failures
+                return [failure for claim in claims for failure in undo(self.settings, claim)]
+        except VnetLockError as error:
+            return [str(error)]
 
-    def _mark_releasing(self, token: str) -> tuple[Claim, ...]:
+    def _mark_releasing(self, token: str, still: Still | None) -> tuple[Claim, ...]:
         """Make an interface's claims ours to undo; empty where they are gone, or somebody else saw to it.
 
         Waits a while for another who is at it, and raises Refused where he doesn't come to an end.
@@ -445,6 +505,8 @@ class Session:
                 claims = writer.read().with_token(token)
                 worker = next((claim.worker for claim in claims if claim.worker), None)
                 if worker is None or worker == self._me or not processes.is_alive(self.settings, worker):
+                    if still is not None and not still(claims):
+                        return ()
                     claims = tuple(replace(one, state=State.RELEASING, worker=self._me) for one in claims)
                     for claim in claims:
                         writer.replace(claim)
@@ -476,14 +538,24 @@ class Session:
                 return list(dict.fromkeys(held))
             time.sleep(_RETRY_S)
 
-    def _is_stale(self, claim: Claim) -> bool:
-        """Whether nobody will give this claim back any more."""
-        if claim.worker is not None and processes.is_alive(self.settings, claim.worker):
+    def _stale(self, claims: Claims) -> dict[str, tuple[Claim, ...]]:
+        """The claims of each interface that nobody will give back any more, by their token."""
+        found: dict[str, tuple[Claim, ...]] = {}
+        for claim in claims.records:
+            found[claim.token] = (*found.get(claim.token, ()), claim)
+        return {token: each for token, each in found.items() if self._is_stale(each)}
+
+    def _is_stale(self, claims: tuple[Claim, ...]) -> bool:
+        """Whether nobody will give one interface's claims back any more."""
+        workers = {claim.worker for claim in claims if claim.worker}
+        if any(processes.is_alive(self.settings, worker) for worker in workers):
             return False
         # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
-        if claim.state is not State.ACTIVE:
+        if any(claim.state is not State.ACTIVE for claim in claims):
             return True
-        return not processes.is_owner_alive(self.settings, claim.owner)
+        # Who was killed while handing over left two owners.
+        owners = {claim.owner for claim in claims}
+        return not any(processes.is_owner_alive(self.settings, owner) for owner in owners)
 
     @contextmanager
     def _pf_lock(self, pf: PciAddress | None) -> Iterator[None]:
@@ -493,6 +565,12 @@ class Session:
         path = self.settings.pf_lock_path(pf.text)
         with guard(path, self.settings.pf_wait_s, f"PF {pf}"):
             yield
+
+
+def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:
+    """What of it no claim covers: an exclusive one covers a share, too."""
+    covered = {(claim.resource, mode) for claim in held for mode in (claim.mode, Mode.SHARED)}
+    return tuple(item for item in wanted if (item.resource, item.mode) not in covered)
 
 
 def _first(claims: Claims, token: str) -> Claim:
