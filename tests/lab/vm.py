@@ -72,7 +72,7 @@ class Vm:
         _check_words(TOP, self.results)
         console = [] if shell else [
             f"--qemu-opts=-chardev file,id=log,path={self.results}/console.log -serial chardev:log",
-            "--append", "console=ttyS1 loglevel=5",
+            "--append", "console=ttyS1 earlyprintk=serial,ttyS1,115200 loglevel=5",
         ]  # fmt: skip
         script = shlex.join([f"{TOP}/tests/lab/inside", str(self.results)])
         inside = ["--shell", shell] if shell else ["--", script]
@@ -105,9 +105,21 @@ class Vm:
 
         Raises LabError when a prerequisite is missing.
         """
+        deadline = time.monotonic() + self.deadline_s
+        say(f"results in {self.results}")
+        outcome = self._boot(deadline)
+        if outcome.exit_code == LOST and not (self.results / "started").exists():
+            # Nothing of the command has run, so nothing is hidden by another try: an emulated boot under
+            # load has been seen to die before the kernel's first line.
+            say(f"{outcome.complaint}; once more")
+            (self.results / "console.log").replace(self.results / "console-lost.log")
+            outcome = self._boot(deadline)
+        return outcome
+
+    def _boot(self, deadline: float) -> Outcome:
         started = time.monotonic()
-        self._prepare()
-        say(f"booting (results in {self.results})")
+        self._prepare(deadline - started)
+        say("booting")
         with (self.results / "vng.log").open("wb") as complaints:
             process = subprocess.Popen(
                 self.argv(),
@@ -120,20 +132,20 @@ class Vm:
                 start_new_session=True,
             )
         with _ending(process):
-            in_time = self._stream(process, started + self.deadline_s)
+            in_time = self._stream(process, deadline)
         self._keep_cache()
-        return self._judge(in_time, time.monotonic() - started)
+        return self._judge(in_time, time.monotonic() - started, process.returncode)
 
     def shell(self) -> int:
         """Give the terminal a root shell in the VM; no deadline, as a person is there to end it."""
-        self._prepare()
+        self._prepare(self.deadline_s)
         wrapper = self.results / "shell"
         wrapper.write_text(f"#!/bin/sh\nexec {TOP}/tests/lab/inside {self.results}\n")
         wrapper.chmod(0o755)
         argv = self.argv(shell=str(wrapper))
         return subprocess.run(argv, env=_environment(), cwd=TOP, check=False).returncode
 
-    def _prepare(self) -> None:
+    def _prepare(self, left_s: float) -> None:
         image = guest.build(LAB)
         # The VM can't write beside the sources, and compiling in an emulated CPU takes seconds at each start.
         compileall.compile_dir(TOP / "vnet_lock", quiet=2)
@@ -148,7 +160,7 @@ class Vm:
         }
         lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
         # The command ends before the VM is ended, so that its logs still come out.
-        limit_s = max(30, int(self.deadline_s - BOOT_S))
+        limit_s = max(30, int(left_s - BOOT_S))
         lines += [f"limit_s={limit_s}", f"set -- {shlex.join(self.command)}", ""]
         (self.results / "command").write_text("\n".join(lines))
 
@@ -171,14 +183,14 @@ class Vm:
                 return False
         return True
 
-    def _judge(self, in_time: bool, took_s: float) -> Outcome:
+    def _judge(self, in_time: bool, took_s: float, vng_code: int) -> Outcome:
         code = self.results / "exit-code"
         text = code.read_text().strip() if code.exists() else ""
         if text.isdigit():
             complaint = f"the command did not end in time; see {self.results}" if int(text) == HUNG else ""
             return Outcome(int(text), self.results, complaint)
         where = "running its command" if (self.results / "started").exists() else "booting"
-        when = f"after {took_s:.0f} s while {where}; see {self.results}/console.log and vng.log"
+        when = f"after {took_s:.0f} s while {where} (vng's exit code {vng_code}); see {self.results}"
         if not in_time:
             return Outcome(HUNG, self.results, f"lab VM hung: ended {when}")
         return Outcome(LOST, self.results, f"lab VM lost {when}")
