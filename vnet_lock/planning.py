@@ -105,11 +105,15 @@ class Situation:
         return self.obstacle([Wanted(vf.resource, Mode.EXCLUSIVE, vf.pf)]) is None
 
     def _damaged(self, item: Wanted) -> Obstacle | None:
+        if not self.claims.damaged:
+            return None
+        # It may say anything: a PF's that its VFs are taken with it, a VF's that its PF can't be had whole.
+        touched = {resource for resource, _ in self._touched(item)}
         for record in self.claims.damaged:
-            if record.resource == item.resource or (record.resource is None and item.mode is Mode.EXCLUSIVE):
+            if record.resource in touched or (record.resource is None and item.mode is Mode.EXCLUSIVE):
                 message = (
-                    f"the claim record {record.path} on {item.resource} cannot be trusted ({record.reason}), "
-                    "so it counts as held; look at it, and remove it if its guest is gone"
+                    f"{name_of(item.resource)}: the claim record {record.path} cannot be trusted "
+                    f"({record.reason}), so it counts as held; look at it, and remove it if its guest is gone"
                 )
                 return Obstacle(item.resource, f"damaged record {record.path}", message)
         return None
