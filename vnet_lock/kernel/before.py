@@ -55,6 +55,8 @@ def wait_for_netdev(settings: Settings, pci: PciAddress, name: str | None) -> st
     """
     deadline = time.monotonic() + _NETDEV_WAIT_S
     while (netdev := read_netdev(settings, pci)) is None or (name and netdev != name):
+        if netdev is None and not os.path.isdir(f"{settings.sys}/bus/pci/devices/{pci.text}"):
+            raise Vanished(f"{pci} is gone; see: vnet-lock status")
         if time.monotonic() > deadline:
             break
         time.sleep(0.02)
@@ -126,9 +128,12 @@ def _read_vf_admin(settings: Settings, pci: PciAddress) -> VfAdmin | None:
 
 def _vf_index(settings: Settings, pf: str, pci: PciAddress) -> int | None:
     device = f"{settings.sys}/bus/pci/devices/{pf}"
-    for name in os.listdir(device):
-        if name.startswith("virtfn") and os.path.basename(os.readlink(f"{device}/{name}")) == pci.text:
-            return int(name[len("virtfn") :])
+    try:
+        for name in os.listdir(device):
+            if name.startswith("virtfn") and os.path.basename(os.readlink(f"{device}/{name}")) == pci.text:
+                return int(name[len("virtfn") :])
+    except FileNotFoundError:
+        pass  # the VFs are on their way out
     return None
 
 
