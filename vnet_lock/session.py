@@ -219,6 +219,9 @@ class Session:
         """
         claims = self.table.read()
         inventory = read_inventory(self.settings, [resource.name])
+        nic = inventory.nic_named(resource.name)
+        if nic is not None and not claims.on(resource):
+            resource = inventory.resource_of(nic)  # as claim() does
         situation = replace(self._situation(inventory), claims=claims)
         for record in claims.damaged:
             if record.resource == resource:
