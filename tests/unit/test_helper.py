@@ -1,0 +1,220 @@
+"""What qemu-net-helper understands and says, without a host: no test here gets as far as a claim."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import pytest
+
+from vnet_lock.backends import Connection
+from vnet_lock.combination import Backend, Combination, Policy, Port
+from vnet_lock.errors import BadInput, Refused, Unsupported
+from vnet_lock.front import helper
+from vnet_lock.front.helper import _message, _read_intent, _read_words
+from vnet_lock.settings import Settings
+
+
+def intent_of(line: str, as_json: bool = True):
+    words, problem = _read_words(line.split())
+    assert problem == ""
+    return _read_intent(words, as_json)
+
+
+def test_both_spellings_of_a_word_are_understood():
+    assert intent_of("--mode vepa --dev eth0") == intent_of("--mode=vepa --dev=eth0")
+
+
+def test_all_words_together():
+    intent = intent_of(
+        "--mode=bridge --dev=eth0 --dev=0:af:06.0 --port=sriov --protocols=tap,vhost"
+        " --mac=52-54-00-00-00-0A --vlan=42 --queues=4"
+    )
+    assert (intent.policy, intent.ports) == (Policy.VEB, (Port.SRIOV,))
+    assert intent.devs == ("eth0", "0000:af:06.0")
+    assert intent.backends == (Backend.TAP_VHOST, Backend.TAP)
+    assert (intent.mac, intent.vlan, intent.queues) == ("52:54:00:00:00:0a", 42, 4)
+
+
+def test_a_comma_ends_no_value():
+    intent = intent_of("--mode=vepa --dev=a,queues=2")  # a name that the kernel takes
+    assert (intent.devs, intent.queues) == (("a,queues=2",), 1)
+
+
+def test_what_qemu_adds_to_a_helpers_words_is_passed_over():
+    words, problem = _read_words(["--mode=vepa", "--dev=eth0", "--use-vnet", "--fd=3", "--br=br0"])
+    assert (sorted(words), problem) == (["dev", "fd", "mode"], "")
+
+
+@pytest.mark.parametrize(
+    ("protocols", "as_json", "backends"),
+    [
+        ("", True, (Backend.TAP_VHOST, Backend.TAP)),
+        ("", False, (Backend.TAP,)),
+        ("--protocols=tap", True, (Backend.TAP,)),
+        # What has no descriptor is not even tried: a VF would be bound to VFIO and back.
+        ("--protocols=vfio,tap", True, (Backend.TAP,)),
+        ("--protocols=user,vhost,tap", True, (Backend.TAP_VHOST, Backend.TAP)),
+        # QEMU opens vhost-net itself here.
+        ("--protocols=tap,vhost", False, (Backend.TAP,)),
+        ("--protocols=socket,tap", False, (Backend.TAP,)),
+    ],
+)
+def test_only_what_can_be_handed_over_is_asked_for(protocols, as_json, backends):
+    assert intent_of(f"--mode=vepa --dev=eth0 {protocols}", as_json).backends == backends
+
+
+@pytest.mark.parametrize(
+    ("line", "as_json", "error", "words"),
+    [
+        ("--dev=eth0", True, BadInput, "mode= is missing"),
+        ("--mode=vepa", True, BadInput, "dev= is missing"),
+        ("--mode=vepa --mode=veb --dev=eth0", True, BadInput, "mode= is there twice"),
+        ("--mode=vepa --dev=a/b", True, BadInput, '"a/b" is neither'),
+        ("--mode=vepa --dev=eth0 --protocols=tap,shiny", True, BadInput, "shiny"),
+        ("--mode=vepa --dev=eth0 --queues=0", True, BadInput, "not a number from 1"),
+        ("--mode=vepa --dev=eth0 --queues=127", True, BadInput, "126 queues"),
+        ("--mode=vepa --dev=eth0 --queues=2", False, BadInput, "--socketpair"),
+        ("--mode=vepa --dev=eth0 --protocols=vfio", True, Unsupported, "add tap"),
+        ("--mode=vepa --dev=eth0 --protocols=socket,vhost", False, Unsupported, "add tap"),
+    ],
+)
+def test_what_makes_no_sense_is_named_in_the_helpers_own_words(line, as_json, error, words):
+    with pytest.raises(error, match=r"^[^\n]+$") as caught:
+        intent_of(line, as_json)
+    assert words in str(caught.value)
+    assert "-netdev" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--shiny"], "unknown word '--shiny'"),
+        (["mode=vepa"], "unknown word 'mode=vepa'"),
+        (["br=br0"], "unknown word 'br=br0'"),
+        (["-mode=vepa"], "unknown word '-mode=vepa'"),
+        (["--use-vnet=1"], "unknown word '--use-vnet=1'"),
+        (["--help", "--mode=vepa"], "unknown word '--help'"),
+        (["--mode="], "--mode has no value"),
+        (["--mode"], "--mode has no value"),
+        (["--fd=3", "--socketpair=4"], "only one of"),
+        (["--fd=3", "--fd=4"], "only one of"),
+    ],
+)
+def test_the_first_odd_word_is_named(words, problem):
+    assert _read_words(words)[1].startswith(problem)
+
+
+def test_without_a_socket_there_is_nothing_to_do(tmp_path):
+    with pytest.raises(BadInput, match="--socketpair=FD or --fd=FD is missing; see: qemu-net-helper --help"):
+        helper.run(["--mode=vepa", "--dev=eth0"], Settings.under(tmp_path))
+
+
+@pytest.mark.parametrize("words", [["--help"], ["-h"], ["--version"]])
+def test_help_is_given_where_it_is_all_that_is_asked(words, tmp_path, capsys):
+    assert helper.run(words, Settings.under(tmp_path)) == 0
+    assert "qemu-net-helper" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"]])
+def test_beside_a_socket_help_is_no_success(words, tmp_path):
+    """QEMU takes 0 for success."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        with pytest.raises(BadInput, match="unknown word"):
+            helper.run([*words, f"--fd={theirs.detach()}"], Settings.under(tmp_path))
+        assert ours.recv(1) == b""
+
+
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "", "٣", "1_0", "99999999999999999999", "1048575"])
+@pytest.mark.parametrize("target", ["fd", "socketpair"])
+def test_what_is_no_descriptor_is_refused(text, target, tmp_path):
+    with pytest.raises(BadInput, match=r"has no value|is not the number of an open socket"):
+        helper.run([f"--{target}={text}", "--mode=vepa", "--dev=eth0"], Settings.under(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["fd", "socketpair"])
+def test_a_descriptor_that_is_no_socket_is_refused(target, tmp_path):
+    with open(os.devnull) as file, pytest.raises(BadInput, match="is not the number of an open socket"):
+        helper.run([f"--{target}={file.fileno()}", "--mode=vepa", "--dev=eth0"], Settings.under(tmp_path))
+
+
+@pytest.mark.parametrize("target", ["fd", "socketpair"])
+def test_a_socket_that_takes_no_descriptors_is_refused(target, tmp_path):
+    number = socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach()
+    with pytest.raises(BadInput, match="is no unix socket"):
+        helper.run([f"--{target}={number}", "--mode=vepa", "--dev=eth0"], Settings.under(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("--mode=vepa --dev=eth0 --shiny", "unknown word '--shiny'"),
+        ("--mode=vepa", "dev= is missing"),
+        ("--mode=vepa --dev=eth0 --fd=0", "only one of"),
+        # Ours are both ends here.
+        ("--mode=vepa --dev=eth0", "one of our own"),
+    ],
+)
+def test_a_refusal_is_sent_as_one_line_and_raised(line, words, tmp_path):
+    ours, theirs = socket.socketpair()
+    with ours:
+        with pytest.raises(BadInput) as caught:
+            helper.run([*line.split(), f"--socketpair={theirs.detach()}"], Settings.under(tmp_path))
+        data = ours.recv(65536)
+        assert ours.recv(1) == b""
+    assert data.count(b"\n") == 1
+    message = json.loads(data)
+    assert message == {"version": 1, "error": {"kind": "input", "message": str(caught.value)}}
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (Refused("VF is held"), "held", "VF is held"),
+        (Unsupported("no macvtap"), "unsupported", "no macvtap"),
+        # A defect of ours: whoever waits for a line gets one.
+        (ZeroDivisionError("a\nb"), "failed", "ZeroDivisionError: a\nb"),
+    ],
+)
+def test_each_kind_of_refusal_has_its_word(error, kind, message):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        helper._send_error(theirs, error)
+        data = ours.recv(65536)
+    assert data.count(b"\n") == 1
+    assert json.loads(data)["error"] == {"kind": kind, "message": message}
+
+
+def test_a_message_that_does_not_fit_at_once_is_sent_to_its_end():
+    """The descriptors go with its first byte."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        theirs.settimeout(10)
+        data = os.urandom(300_000) + b"\n"
+        pid = os.fork()
+        if pid == 0:
+            try:
+                helper._send(theirs, data, [theirs.fileno()])
+            finally:
+                os._exit(0)
+        theirs.close()
+        first, fds, _, _ = socket.recv_fds(ours, 65536, 4)
+        got = first
+        os.close(fds[0])
+        while more := ours.recv(65536):
+            got += more
+        os.waitpid(pid, 0)
+    assert len(first) < len(data)
+    assert (got, len(fds)) == (data, 1)
+
+
+def test_with_vhost_there_is_one_more_descriptor_for_each_queue():
+    connection = Connection(Combination.parse("vepa-macvlan-tap+vhost"), "52:54:00:00:00:01", (7, 8), (9, 10))
+    message = json.loads(_message(connection))
+    assert message["fds"] == ["tap", "tap", "vhost", "vhost"]
+    assert message["features"] == {"vnet_hdr": True, "vhost": True, "queues": 2}
+    assert message["qemu"] == ["-netdev", "tap,id=net0,fds={0}:{1},vhost=on,vhostfds={2}:{3}"]
