@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -9,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from vnet_lock.backends import Connection
+from vnet_lock.combination import Combination
+from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.front import helper
 from vnet_lock.front.cli import main
 from vnet_lock.settings import DEFAULT
 
@@ -56,6 +61,30 @@ def test_all_options_of_a_verb_are_known_to_man_page_and_completion(verb, tmp_pa
     assert all(option in page for option in known)
 
 
+def test_all_words_of_the_helper_are_known_to_its_help_man_page_and_completion(tmp_path, capsys):
+    known = {f"--{name}" for name in (*helper._KEYS, *helper._TARGETS)} | {"--help", "--version"}
+    assert helper.main(["--help"]) == 0
+    assert set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) == known
+    assert {word.rstrip("=") for word in complete("qemu-net-helper --", tmp_path)} == known
+    page = (PACKAGING / "man/qemu-net-helper.8").read_text().replace("\\-", "-")
+    options = page.partition(".SH OPTIONS")[2].partition("\n.SH ")[0]
+    assert set(re.findall(r"^\.B[IR]? (--[a-z-]+)", options, re.MULTILINE)) | {"--version"} == known
+
+
+def test_the_helpers_man_page_has_each_key_and_kind_of_its_messages():
+    page = (PACKAGING / "man/qemu-net-helper.8").read_text().partition(".SH THE MESSAGE")[2]
+    connection = Connection(Combination.parse("vepa-macvlan-tap"), "52:54:00:00:00:01", (3,))
+    table = {word for row in re.findall(r"^([a-z, ]+)\|", page, re.MULTILINE) for word in row.split(", ")}
+    assert json.loads(helper._message(connection)).keys() == table
+    kinds = {helper._kind_of(error("")) for error in (VnetLockError, Refused, BadInput, Unsupported)}
+    assert all(re.search(rf"^\.BR? {kind}\b", page, re.MULTILINE) for kind in kinds)
+    codes = re.findall(r"^([0-9])\|", page, re.MULTILINE)
+    assert codes == [
+        "0",
+        *sorted(str(error.exit_code) for error in (VnetLockError, Refused, BadInput, Unsupported)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
@@ -63,6 +92,12 @@ def test_all_options_of_a_verb_are_known_to_man_page_and_completion(verb, tmp_pa
         ("vnet-lock plan --mode v", "vepa"),
         ("vnet-qemu --", "--print"),
         ("vnet-qemu -nic h", "host,mode=veb"),
+        ("qemu-net-helper --m", "--mode="),
+        ("qemu-net-helper --mode v", "vepa"),
+        # As bash splits "--mode=v" and "--mode=".
+        ("qemu-net-helper --mode = v", "vepa"),
+        ("qemu-net-helper --mode =", "private"),
+        ("qemu-net-helper --dev=l", "lo"),
     ],
 )
 def test_completion_offers(line, offered, tmp_path):
