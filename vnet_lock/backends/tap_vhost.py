@@ -27,5 +27,10 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
     from vnet_lock.kernel import nodes
 
     fds = open_queues(settings, intent, opened, combination)
-    vhost_fds = tuple(nodes.open_vhost_net(settings, intent.queues))
+    try:
+        vhost_fds = tuple(nodes.open_vhost_net(settings, intent.queues))
+    except BaseException:
+        for descriptor in fds:
+            os.close(descriptor)
+        raise
     return Connection(combination, opened.mac, fds, vhost_fds, netdev=opened.netdev)

@@ -216,16 +216,23 @@ def _interrupt(number: int, frame: object) -> NoReturn:
 def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoReturn:
     owner = _owner(settings, guest, this_process(settings))
     grants = session.acquire(owner, guest.argv.intents)
+    opened: list[int] = []
     try:
-        connections = {grant.assignment.request.interface: session.connect(grant) for grant in grants}
+        connections: dict[str, Connection] = {}
+        for grant in grants:
+            connection = session.connect(grant)
+            opened += (*connection.fds, *connection.vhost_fds)
+            connections[grant.assignment.request.interface] = connection
         args = rewrite(guest.argv, connections)
         if guest.argv.daemonize and not guest.argv.pidfile:
             args = [*args, "-pidfile", guest.pidfile(settings, os.getpid())]
-        for connection in connections.values():
-            for descriptor in (*connection.fds, *connection.vhost_fds):
-                os.set_inheritable(descriptor, True)
+        for descriptor in opened:
+            os.set_inheritable(descriptor, True)
         become(guest, args)
     except BaseException:
+        # A device isn't free while we have it open ourselves.
+        for descriptor in opened:
+            os.close(descriptor)
         try:
             session.release(owner)
         except VnetLockError as error:
