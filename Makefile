@@ -31,8 +31,10 @@ test: setup
 test-unit: setup
 	$(PYTEST) tests/unit $(ARGS)
 
-# Root makes the namespaces; nothing that it writes stays in a checkout that isn't root's.
+# Root makes the namespaces; nothing that it writes stays in a checkout that isn't root's, so the image of the
+# guests is built before.
 test-kernel: setup
+	@$(PYTHON) -c 'from tests.lab import image; image.build()'
 	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" PYTHONDONTWRITEBYTECODE=1 \
 		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
 

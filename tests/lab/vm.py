@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.lab import guest
+from tests.lab import image
 
 TOP = Path(__file__).resolve().parents[2]
 LAB = TOP / ".lab"
@@ -78,7 +78,7 @@ class Vm:
         inside = ["--shell", shell] if shell else ["--", script]
         return [
             f"{sys.prefix}/bin/vng",
-            "--run", str(guest.find_kernel()[1]),
+            "--run", str(image.find_kernel()[1]),
             "--name", "vnet-lab",
             # A /dev/kvm that answers may still not run this kernel; TCG always does.
             "--disable-kvm",
@@ -146,7 +146,7 @@ class Vm:
         return subprocess.run(argv, env=_environment(), cwd=TOP, check=False).returncode
 
     def _prepare(self, left_s: float) -> None:
-        image = guest.build(LAB)
+        built = image.build(LAB)
         # The VM can't write beside the sources, and compiling in an emulated CPU takes seconds at each start.
         compileall.compile_dir(TOP / "vnet_lock", quiet=2)
         self.results.mkdir(parents=True, exist_ok=True)
@@ -154,8 +154,8 @@ class Vm:
             (self.results / name).unlink(missing_ok=True)
         exports = {
             "VNET_LAB_RESULTS": str(self.results),
-            "VNET_LAB_KERNEL": str(image.kernel),
-            "VNET_LAB_INITRD": str(image.initrd),
+            "VNET_LAB_KERNEL": str(built.kernel),
+            "VNET_LAB_INITRD": str(built.initrd),
             **self.environment,
         }
         lines = [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
@@ -274,7 +274,7 @@ def main() -> int:
         if options.shell:
             return vm.shell()
         outcome = vm.run()
-    except (LabError, guest.BuildError) as error:
+    except (LabError, image.BuildError) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 5
     if outcome.complaint:
