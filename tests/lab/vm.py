@@ -66,6 +66,7 @@ class Vm:
     cpus: int = 2
     # The other end of the NIC's cable, as QEMU's -netdev without its id.
     cable: str = "user"
+    vng: str = f"{sys.prefix}/bin/vng"
 
     def argv(self, *, shell: str | None = None) -> list[str]:
         """The vng command line; with ``shell``, a program on the terminal instead of the inside script."""
@@ -77,7 +78,7 @@ class Vm:
         script = shlex.join([f"{TOP}/tests/lab/inside", str(self.results)])
         inside = ["--shell", shell] if shell else ["--", script]
         return [
-            f"{sys.prefix}/bin/vng",
+            self.vng,
             "--run", str(image.find_kernel()[1]),
             "--name", "vnet-lab",
             # A /dev/kvm that answers may still not run this kernel; TCG always does.
@@ -112,7 +113,8 @@ class Vm:
             # Nothing of the command has run, so nothing is hidden by another try: an emulated boot under
             # load has been seen to die before the kernel's first line.
             say(f"{outcome.complaint}; once more")
-            (self.results / "console.log").replace(self.results / "console-lost.log")
+            with contextlib.suppress(FileNotFoundError):
+                (self.results / "console.log").replace(self.results / "console-lost.log")
             outcome = self._boot(deadline)
         return outcome
 
@@ -131,7 +133,8 @@ class Vm:
                 # A group of its own: what we end is what we started, whoever else runs a lab.
                 start_new_session=True,
             )
-        with _ending(process):
+        assert process.stdout
+        with _ending(process), process.stdout:
             in_time = self._stream(process, deadline)
         self._keep_cache()
         return self._judge(in_time, time.monotonic() - started, process.returncode)
