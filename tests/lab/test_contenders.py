@@ -19,7 +19,7 @@ from tests.lab.contenders import (
     owner_of,
     vnet_lock,
 )
-from tests.lab.machines import Guests, LibvirtGuest
+from tests.lab.machines import Guests
 from tests.lab.nic import Nic
 
 pytestmark = pytest.mark.usefixtures("hook")
@@ -105,20 +105,3 @@ def test_the_number_of_vfs_does_not_change_while_one_is_used(taken: Taken) -> No
         assert "first" in refused.stderr
     assert taken.nic.numvfs == 1
     assert appearance(taken.nic, 0) == taken.looks
-
-
-def test_the_vfs_are_refused_while_the_whole_pf_is_used(lab: Nic, guests: Guests) -> None:
-    lab.set_numvfs(2)
-    vf, netdev = lab.vfs[0], lab.vfs[0].netdev
-    assert netdev
-    whole = guests.libvirt("whole", direct_xml(lab.pf, "52:54:00:00:77:03"))
-    looks = appearance(lab, 0)
-    for kind, start in CONTENDERS.items():
-        attempt = start(guests, vf, netdev, f"part-{kind}")
-        assert not attempt.runs, kind
-        assert "whole" in attempt.message, attempt.message
-    assert appearance(lab, 0) == looks
-    assert vnet_lock("vfs", lab.pf, "0").returncode == 4
-    assert lab.numvfs == 2
-    assert isinstance(whole, LibvirtGuest)
-    assert whole.state == "running"
