@@ -49,6 +49,10 @@ class ClaimTable:
         finally:
             os.close(fd)
 
+    def has_leftover(self) -> bool:
+        """Whether a writer is at it, or one that was killed left what the next one removes."""
+        return os.path.lexists(f"{self._settings.claims_dir}/{_TEMPORARY}")
+
     @contextmanager
     def guarded(self) -> Iterator[Writer]:
         """Hold the table: nobody else writes while this is open, and the body must not wait for anything.

@@ -246,6 +246,9 @@ class Session:
         stale = self._stale(self.table.read())
         if dry_run:
             return [Healed(claims) for claims in stale.values()]
+        if not stale and self.table.has_leftover():
+            with self.table.guarded():
+                pass  # taking the guard removes it
         # A process that is dead holds nothing any more: what is held still is held by another.
         return [
             Healed(claims, tuple(self._give_back(token, wait_s=_HEAL_WAIT_S, still=self._is_stale)))

@@ -30,9 +30,10 @@ def undo(settings: Settings, claim: Claim) -> list[str]:
 def _undo_entry(settings: Settings, entry: Entry) -> None:
     match entry:
         case MadeLink():
-            from vnet_lock.kernel import netlink
+            from vnet_lock.kernel import netlink, nodes
 
             netlink.remove_link(entry.name, entry.alias)
+            nodes.remove_nodes(settings, entry.final)
         case VfAdmin():
             _restore_vf_admin(settings, entry)
         case Driver():

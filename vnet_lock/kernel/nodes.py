@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vnet_lock.errors import Unsupported, Vanished, VnetLockError
-from vnet_lock.kernel.sysfs import read_macvtap_rdev
+from vnet_lock.kernel.sysfs import list_names, read_macvtap_rdev
 from vnet_lock.settings import Settings
 
 # include/uapi/linux/if_tun.h
@@ -21,6 +21,8 @@ _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
 # struct ifreq: a name of 16 bytes and a union, of which TUNSETIFF reads the first 16 bits.
 _IFREQ = struct.Struct("=16sH22x")
+# What the name of a node of our own begins with; the macvtap's name follows.
+_NODE = ".vnet-lock-"
 
 
 def open_macvtap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
@@ -37,6 +39,18 @@ def open_macvtap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
         raise Vanished(f"{ifname} is no macvtap of this network namespace; see: ip -d link show {ifname}")
     with _private_node(settings, ifname, rdev) as node:
         return _open_queues(node, ifname, queues)
+
+
+def remove_nodes(settings: Settings, ifname: str) -> None:
+    """Remove the nodes of our own for a macvtap that is gone: who was killed while he opened it left one."""
+    for name in list_names(settings.dev):
+        if name.startswith(f"{_NODE}{ifname}-"):
+            try:
+                os.unlink(f"{settings.dev}/{name}")
+            except FileNotFoundError:
+                continue  # its maker was there still
+            except OSError as error:
+                raise VnetLockError(f"cannot remove {settings.dev}/{name}: {error.strerror}") from error
 
 
 def open_tap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
@@ -72,7 +86,7 @@ def _private_node(settings: Settings, ifname: str, rdev: int) -> Iterator[str]:
 
     It is made in /dev: /run is usually mounted nodev, and there it could not be opened.
     """
-    node = f"{settings.dev}/.vnet-lock-{os.urandom(8).hex()}"
+    node = f"{settings.dev}/{_NODE}{ifname}-{os.urandom(4).hex()}"
     try:
         os.mknod(node, stat.S_IFCHR | 0o600, rdev)
     except OSError as error:
