@@ -141,6 +141,8 @@ class Vm:
 
     def shell(self) -> int:
         """Give the terminal a root shell in the VM; no deadline, as a person is there to end it."""
+        columns, lines = shutil.get_terminal_size()
+        self.environment |= {"COLUMNS": str(columns), "LINES": str(lines)}
         self._prepare(self.deadline_s)
         wrapper = self.results / "shell"
         wrapper.write_text(f"#!/bin/sh\nexec {TOP}/tests/lab/inside {self.results}\n")
