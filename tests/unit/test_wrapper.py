@@ -457,3 +457,33 @@ def test_print_raises_what_running_would(kind, error):
     refusal = Refusal(Intent("net0", Policy.VEPA, ("eth0",)), kind, "no")
     with pytest.raises(error, match="no"):
         show(Planner(refusal), *HOST)
+
+
+@pytest.mark.parametrize("words", [["guest.xml"], ["--name", "a", "dir/guest.xml"], ["--from-pid", "1"]])
+def test_what_this_version_cannot_run_is_said_at_once(words):
+    with pytest.raises(Unsupported, match="this version"):
+        wrapper.parse(words)
+
+
+def test_a_proc_that_does_not_know_our_child_is_an_error_and_no_endless_wait(tmp_path):
+    code = (
+        "import sys; from vnet_lock.front import supervisor; from vnet_lock.settings import Settings\n"
+        "from vnet_lock.errors import VnetLockError; from vnet_lock.qemu_argv import read_argv\n"
+        "guest = supervisor.Guest('true', '/bin/true', read_argv([]), 'vm')\n"
+        "try:\n    supervisor.run_guest(Settings.under(sys.argv[1]), guest, None)\n"
+        "except VnetLockError as error:\n    print(error)\n"
+    )
+    (tmp_path / "proc/1").mkdir(parents=True)
+    argv = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=20, check=False)
+    assert "namespace" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("words", ["--help", "--version"])
+def test_a_reader_that_has_gone_makes_no_noise(words):
+    line = f'"$0" -c "from vnet_lock.front.wrapper import main; import sys; sys.exit(main([\'{words}\']))"'
+    line += " > >(exec true)"
+    argv = ["/bin/bash", "-c", f"sleep 0.1; {line}", sys.executable]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.stderr == ""

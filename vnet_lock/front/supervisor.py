@@ -80,8 +80,12 @@ def run_guest(settings: Settings, guest: Guest, open_session: Callable[[], Lifec
     child = _Child.fork(watched, before, lambda: _become_qemu(settings, guest, open_session()))
     process = read_process(settings, child.pid)
     if process is None:
-        # It waits for our word, so somebody killed it.
-        return _end_like(os.waitpid(child.pid, 0)[1])
+        # It waits for our word, so somebody killed it, or this is another pid namespace's /proc.
+        os.close(child.go)
+        status = os.waitpid(child.pid, 0)[1]
+        if os.WIFEXITED(status):
+            raise VnetLockError(f"{settings.proc} doesn't know pid {child.pid}; is it this pid namespace's?")
+        return _end_like(status)
     owner = _owner(settings, guest, process)
     with contextlib.suppress(BrokenPipeError):  # killed just now: its status will tell
         os.write(child.go, b"!")

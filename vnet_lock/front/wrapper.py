@@ -101,7 +101,13 @@ def main(args: Sequence[str] | None = None) -> int:
         return Session(DEFAULT)
 
     try:
-        return run(sys.argv[1:] if args is None else args, DEFAULT, open_session, open_session)
+        status = run(sys.argv[1:] if args is None else args, DEFAULT, open_session, open_session)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who read our output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
     except VnetLockError as error:
         print_error(error)
         return error.exit_code
@@ -164,6 +170,8 @@ def parse(args: Sequence[str]) -> Command:
             break
     if not rest:
         raise BadInput("what is to be run? See: vnet-qemu --help")
+    if rest[0].endswith(".xml") or rest[0].split("=")[0] == "--from-pid":
+        raise Unsupported(f"{rest[0]}: this version runs QEMU command lines only; see: vnet-qemu --help")
     program = _default_program() if rest[0].startswith("-") else rest.pop(0)
     return Command(program, tuple(rest), name, print_only)
 
