@@ -434,3 +434,59 @@ def test_hooks_are_installed_looked_at_and_removed(host, run):
     assert run("hooks", "remove")[0] == 0
     assert run("hooks", "remove")[0] == 0
     assert run("hooks", "status")[0] == 1
+
+
+# --- odd surroundings ------------------------------------------------------------------------------
+
+
+def in_shell(host: FakeHost, words: str, redirection: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a shell, which can do to its streams what it likes."""
+    line = f'"$0" -c "$1" "$2" {words} {redirection}'
+    return subprocess.run(
+        ["/bin/bash", "-c", line, sys.executable, RUN, host.root], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("words", ["status", "--help", "--version", "plan --mode veb --dev eth0"])
+def test_a_reader_that_has_gone_makes_no_noise(host, words):
+    done = in_shell(host, words, '> >(exec true); sleep 0.2; echo "$?"')
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("words", ["status", "status --json", "vfs eth0"])
+def test_an_output_that_is_full_is_one_line(host, words):
+    done = in_shell(host, words, "> /dev/full")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "vnet-lock: cannot write the output: No space left on device"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">&- 2>&- <&-", 0)])
+def test_streams_that_are_closed_are_no_traceback(host, closed, code):
+    done = in_shell(host, "status", closed)
+    assert (done.returncode, "Traceback" in done.stderr) == (code, False)
+
+
+def test_a_guest_from_a_closed_input_is_bad_input(host):
+    done = in_shell(host, "plan -", "<&-")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_guest_that_makes_no_sense_is_named_by_its_file(run, tmp_path):
+    (tmp_path / "bad.xml").write_text("<domain")
+    code, _, err = run("plan", str(tmp_path / "bad.xml"))
+    assert (code, err.startswith(f"vnet-lock: {tmp_path}/bad.xml: ")) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["status", "vfs", "plan"])
+def test_an_empty_word_is_shown_as_one(run, verb):
+    code, _, err = run(verb, "")
+    assert (code, "''" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\udcff", "x" * 101])
+def test_a_name_that_would_spoil_a_line_is_bad_input(host, run, name):
+    code, _, _ = run("claim", f"vf:{host.vfs[0]}", "--pid", str(os.getpid()), "--name", name)
+    assert code == 2
+    assert records(host) == []

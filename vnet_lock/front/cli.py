@@ -9,6 +9,7 @@ import argparse  # 10 ms; no hook loads this module
 import os
 import sys
 from collections.abc import Callable, Sequence
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
 
 from vnet_lock.combination import Policy, Port
 from vnet_lock.errors import VnetLockError
@@ -21,8 +22,9 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:
     """Run one command and return its exit code; argparse exits by itself with 2 on bad usage."""
-    args = _parser().parse_args(argv)
+    _require_streams()
     try:
+        args = _parser().parse_args(argv)
         from vnet_lock.front import verbs
 
         run: Callable[[Settings, argparse.Namespace], int] = getattr(verbs, args.verb)
@@ -33,14 +35,34 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # Who read our output has enough of it; what is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Who read our output has enough of it.
+        _drop_output()
         return BROKEN_PIPE
     except PermissionError as error:
         return _fail(
             f"{error.filename or 'the kernel'}: {error.strerror}; run as root", VnetLockError.exit_code
         )
+    except OSError as error:
+        if error.errno not in (ENOSPC, EIO, EFBIG, EDQUOT) or error.filename is not None:
+            raise
+        _drop_output()
+        return _fail(f"cannot write the output: {error.strerror}", VnetLockError.exit_code)
     return code
+
+
+def _require_streams() -> None:
+    """Put /dev/null where we were started without a standard input, output or error."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:
+                os.dup2(fd, number)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+
+
+def _drop_output() -> None:
+    """What is still buffered must not fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> int:
@@ -77,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_resource(verb)
     verb.add_argument("--pid", type=_positive, required=True, help="the process that uses it")
     verb.add_argument("--shared", action="store_true", help="others may share it (a PF or NIC)")
-    verb.add_argument("--name", help="what to call the owner (default: the process's command)")
+    verb.add_argument("--name", type=_name, help="what to call the owner (default: the process's command)")
 
     verb = add("release", "give back what is claimed on a resource, and undo what was changed for it")
     _add_resource(verb)
@@ -145,6 +167,12 @@ def _resource(text: str) -> Resource:
         return Resource.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _name(text: str) -> str:
+    if not text.isprintable() or len(text) > 100:
+        raise argparse.ArgumentTypeError("a name has at most 100 characters, all of them printable")
+    return text
 
 
 def _natural(text: str) -> int:

@@ -204,7 +204,7 @@ def _find_pf(inventory: Inventory, device: str) -> Pf:
         with suppress(ValueError):
             found = inventory.pf_at(PciAddress.parse(device))
     if found is None:
-        raise BadInput(f"{device} is no PF here; see: vnet-lock status")
+        raise BadInput(f"{device or repr(device)} is no PF here; see: vnet-lock status")
     return found
 
 
@@ -282,8 +282,11 @@ def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Requ
             with open(path, "rb") as file:
                 xml = file.read(SIZE_LIMIT_BYTES + 1)
     except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror}") from error
-    guest = read_guest(xml)
+        raise BadInput(f"cannot read {path or repr(path)}: {error.strerror}; see: ls -l") from error
+    try:
+        guest = read_guest(xml)
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
     if not guest.uuid:
         return None, guest.requests
     return Owner(OwnerKind.LIBVIRT, guest.name, read_boot_id(settings), uuid=guest.uuid), guest.requests
