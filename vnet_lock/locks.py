@@ -66,12 +66,13 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
 
 def os_failure(verb: str, path: str, error: OSError) -> VnetLockError:
     """The error of a system call on a path of ours, in one line that ends with what to do."""
+    room = f"make room, see: df {os.path.dirname(path)}; df -i {os.path.dirname(path)}"
     steps = {
         EACCES: "run as root",
         EPERM: "run as root",
         EROFS: "its file system must be writable (it is meant to be a tmpfs)",
-        ENOSPC: f"make room, see: df {path}; df -i {path}",
-        EDQUOT: f"make room, see: df {path}; df -i {path}",
+        ENOSPC: room,
+        EDQUOT: room,
         ENOTDIR: "move away what is in the way",
         EEXIST: "move away what is in the way",
         ELOOP: "it is a symbolic link: move it away",

@@ -27,6 +27,8 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
             reason = f"{nic.netdev} is a bridge: use port=bridge"
         elif master and master.kind == "bridge":
             reason = f"{nic.netdev} is a port of bridge {master.netdev}; name {master.netdev} with mode=veb"
+        elif nic.netdev == "lo":
+            reason = "lo is no Ethernet device"
         elif not nic.up:
             reason = f"{nic.netdev} is down; run: ip link set {nic.netdev} up"
         elif intent.vlan is not None:
