@@ -10,7 +10,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from vnet_lock.errors import Unsupported, Vanished, VnetLockError
 from vnet_lock.kernel.sysfs import list_names, read_macvtap_rdev
@@ -97,7 +97,8 @@ def _private_node(settings: Settings, ifname: str, rdev: int) -> Iterator[str]:
     try:
         yield node
     finally:
-        os.unlink(node)
+        with suppress(FileNotFoundError):  # the claim was given back by another meanwhile
+            os.unlink(node)
 
 
 def _open_queues(node: str, ifname: str, queues: int) -> list[int]:
