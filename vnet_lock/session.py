@@ -236,9 +236,12 @@ class Session:
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
                 )
                 raise Refused(f"{message}; stop the guest first, or add --force", resource=resource.text)
-            failures += self._wait_until_free((claim,), 0) or self._give_back(claim.token)
+            in_use = self._wait_until_free((claim,), 0)
+            if in_use:
+                raise Refused("; ".join(in_use), resource=resource.text)
+            failures += self._give_back(claim.token)
         if failures:
-            raise Refused("; ".join(failures), resource=resource.text)
+            raise VnetLockError("; ".join(failures))
         return bool(claims.on(resource))
 
     def heal(self, dry_run: bool = False) -> list[Healed]:

@@ -647,6 +647,15 @@ def test_a_device_in_use_is_not_released_even_by_force(host: FakeHost, session: 
     assert claim.state is State.ACTIVE
 
 
+def test_a_release_by_hand_that_the_kernel_fails_is_no_refusal(host: FakeHost, session: Session) -> None:
+    vf = host.vfs[0]
+    put(host, vf, person(WEB), journal=(Driver(vf.text, "gone-driver"),))
+    with pytest.raises(VnetLockError, match="gone-driver") as caught:
+        session.release_resource(Resource.vf(vf))
+    assert caught.value.exit_code == 1
+    assert len(held(host)) == 1
+
+
 def test_claims_are_handed_over_as_they_are(host: FakeHost, session: Session) -> None:
     session.acquire(qemu(WEB), [hostdev(host.vfs[0])])
     before = ClaimTable(host.settings).read().records
