@@ -6,8 +6,7 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,11 +15,11 @@ from vnet_lock.backends import Connection
 from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import Backend, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
-from vnet_lock.journal import Entry, MadeLink
+from vnet_lock.giving_back import GivingBack
+from vnet_lock.journal import Entry
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.locks import guard
 from vnet_lock.model import (
     Assignment,
     Claim,
@@ -45,14 +44,10 @@ from vnet_lock.model import (
 from vnet_lock.planning import Situation, error_of, function_wanted, name_of, nic_wanted, plan
 from vnet_lock.ports import Job, Opened
 from vnet_lock.settings import DEFAULT, Settings
-from vnet_lock.undo import undo
 
 T = TypeVar("T")
-# What must hold of one interface's claims, asked under the guard.
-Still = Callable[[tuple[Claim, ...]], bool]
 
 _RETRY_S = 0.05
-_HEAL_WAIT_S = 0.2
 # Evidence of what libvirt itself did for a guest that is about to run, or runs.
 _OF_LIBVIRT = frozenset(UseKind) - {UseKind.VFIO}
 
@@ -81,6 +76,7 @@ class Session:
         self.settings = settings
         self.table = ClaimTable(settings)
         self._me = processes.this_process(settings)
+        self._back = GivingBack(settings, self.table, self._me)
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -88,7 +84,7 @@ class Session:
         """What would be done now; changes nothing."""
         requests = tuple(requests)
         claims = self.table.read()
-        stale = frozenset(self._stale(claims))
+        stale = frozenset(self._back.stale(claims))
         situation = self._situation(self._observe(requests), owner, requests)
         return plan(requests, replace(situation, claims=claims, stale=stale))
 
@@ -110,7 +106,7 @@ class Session:
         except BaseException:
             # Nothing is left of it to be used, so nobody else need be kept from it.
             for token in earlier:
-                self._give_back(token)
+                self._back.give(token)
             raise
         grants: list[Grant] = []
         try:
@@ -124,7 +120,7 @@ class Session:
         except BaseException:
             # Also where a deadline or ^C cut it short: nothing may stay half-done.
             for _, claims in reserved:
-                self._give_back(claims[0].token)
+                self._back.give(claims[0].token)
             raise
         return tuple(grants)
 
@@ -205,11 +201,11 @@ class Session:
         """
         claims = self.table.read().of(owner)
         tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        self._give_back_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
+        self._back.give_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
-        self._give_back_all(grant.token for grant in grants)
+        self._back.give_all(grant.token for grant in grants)
 
     def release_resource(self, resource: Resource, force: bool = False) -> bool:
         """Give back what is claimed on a resource; False where nothing is.
@@ -230,33 +226,29 @@ class Session:
         failures: list[str] = []
         for claim in claims.on(resource):
             by_hand = claim.owner.kind is OwnerKind.PROCESS
-            if not force and not by_hand and not self._is_stale(claims.with_token(claim.token)):
+            if not force and not by_hand and not self._back.is_stale(claims.with_token(claim.token)):
                 obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
                 message = (
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
                 )
                 raise Refused(f"{message}; stop the guest first, or add --force", resource=resource.text)
-            in_use = self._wait_until_free((claim,), 0)
+            in_use = self._back.wait_until_free((claim,), 0)
             if in_use:
                 raise Refused("; ".join(in_use), resource=resource.text)
-            failures += self._give_back(claim.token)
+            failures += self._back.give(claim.token)
         if failures:
             raise VnetLockError("; ".join(failures))
         return bool(claims.on(resource))
 
     def heal(self, dry_run: bool = False) -> list[Healed]:
         """Undo and drop the claims whose owner is proven dead, and those left half given back."""
-        stale = self._stale(self.table.read())
+        stale = self._back.stale(self.table.read())
         if dry_run:
             return [Healed(claims) for claims in stale.values()]
         if not stale and self.table.has_leftover():
             with self.table.guarded():
                 pass  # taking the guard removes it
-        # A process that is dead holds nothing any more: what is held still is held by another.
-        return [
-            Healed(claims, tuple(self._give_back(token, wait_s=_HEAL_WAIT_S, still=self._is_stale)))
-            for token, claims in stale.items()
-        ]
+        return [Healed(claims, tuple(self._back.heal(token))) for token, claims in stale.items()]
 
     def set_numvfs(self, pf: PciAddress, count: int) -> None:
         """Change the number of a PF's VFs; Refused while one of them, or the PF as a whole, is in use.
@@ -288,7 +280,7 @@ class Session:
             added = self._claims_for(owner, Assignment(request, None, tuple(wanted)), State.ACTIVE)
             writer.add(added)
         try:
-            with self._pf_lock(pf):
+            with self._back.pf_lock(pf):
                 # Where there were no VFs, no claim kept another from making some, and from giving them away.
                 if pci.read_numvfs(self.settings, pf) != len(found.vfs):
                     raise Refused(f"the VFs of PF {pf} are being changed by another; see: vnet-lock status")
@@ -425,7 +417,7 @@ class Session:
         if port is None:
             raise Unsupported(f"{request.interface}: nothing here can open {device}")
         job = Job(self.settings, inventory, assignment, request, claim.token, self._journal_of(claim.token))
-        with self._pf_lock(assignment.wanted[0].pf):
+        with self._back.pf_lock(assignment.wanted[0].pf):
             opened = port.open_port(job)
         assert isinstance(opened, Opened)  # noqa: S101 - a module's function has no static type
         self._note_mac(claim.token, opened.mac)
@@ -456,124 +448,10 @@ class Session:
     def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
         """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""
         tokens = dict.fromkeys(claim.token for claim in self.table.read().of(owner))
-        failures = [failure for token in tokens for failure in self._give_back(token, drop=False)]
+        failures = [failure for token in tokens for failure in self._back.give(token, drop=False)]
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
         return tuple(tokens)
-
-    def _give_back_all(self, tokens: Iterable[str], still: Still | None = None) -> None:
-        failures = [failure for token in tokens for failure in self._give_back(token, still=still)]
-        if failures:
-            raise VnetLockError("; ".join(failures) + "; what is left to undo is kept: vnet-lock gc")
-
-    def _give_back(
-        self, token: str, drop: bool = True, wait_s: float | None = None, still: Still | None = None
-    ) -> list[str]:
-        """Undo one interface's claims and drop them; return what could not be done, and keep them then.
-
-        Nothing is done where ``still`` doesn't hold of them (any more).
-        """
-        try:
-            claims = self._mark_releasing(token, still)
-            if not claims:
-                return []
-            failures = self._undo_marked(claims, self.settings.free_wait_s if wait_s is None else wait_s)
-            with self.table.guarded() as writer:
-                for claim in writer.read().with_token(token):
-                    if failures:
-                        writer.replace(replace(claim, worker=None))
-                    elif drop:
-                        writer.drop(claim)
-                    else:
-                        writer.replace(replace(claim, journal=()))
-        except VnetLockError as error:
-            return [str(error)]
-        return failures
-
-    def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
-        """Wait until the devices are free and undo what the journals say; return what could not be done."""
-        try:
-            failures = self._wait_until_free(claims, wait_s)
-            if failures:
-                return failures
-            with ExitStack() as stack:
-                for pf in sorted({claim.pf for claim in claims if claim.pf}):
-                    stack.enter_context(self._pf_lock(pf))
-                return [failure for claim in claims for failure in undo(self.settings, claim)]
-        except VnetLockError as error:
-            return [str(error)]
-
-    def _mark_releasing(self, token: str, still: Still | None) -> tuple[Claim, ...]:
-        """Make an interface's claims ours to undo; empty where they are gone, or somebody else saw to it.
-
-        Waits a while for another who is at it, and raises Refused where he doesn't come to an end.
-        """
-        deadline = time.monotonic() + self.settings.busy_wait_s
-        while True:
-            with self.table.guarded() as writer:
-                claims = writer.read().with_token(token)
-                worker = next((claim.worker for claim in claims if claim.worker), None)
-                if worker is None or worker == self._me or not processes.is_alive(self.settings, worker):
-                    if still is not None and not still(claims):
-                        return ()
-                    claims = tuple(replace(one, state=State.RELEASING, worker=self._me) for one in claims)
-                    for claim in claims:
-                        writer.replace(claim)
-                    return claims
-            if time.monotonic() > deadline:
-                raise Refused(f"{claims[0].resource} is being worked on by pid {worker.pid}")
-            time.sleep(_RETRY_S)
-
-    def _wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
-        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""
-        links = {
-            name
-            for claim in claims
-            for entry in claim.journal
-            if isinstance(entry, MadeLink)
-            for name in (entry.name, entry.final)
-        }
-        deadline = time.monotonic() + wait_s
-        while True:
-            inventory = read_inventory(self.settings, [claim.resource.name for claim in claims])
-            held = [
-                f"{name_of(claim.resource)} is still in use by {user.text}"
-                for claim in claims
-                for user in inventory.users_of(claim.resource)
-                if (claim.mode is Mode.EXCLUSIVE and user.kind in (UseKind.VFIO, UseKind.NAMESPACE))
-                or (user.kind is UseKind.UPPER and user.pid is not None and user.link in links)
-            ]
-            if not held or time.monotonic() > deadline:
-                return list(dict.fromkeys(held))
-            time.sleep(_RETRY_S)
-
-    def _stale(self, claims: Claims) -> dict[str, tuple[Claim, ...]]:
-        """The claims of each interface that nobody will give back any more, by their token."""
-        found: dict[str, tuple[Claim, ...]] = {}
-        for claim in claims.records:
-            found[claim.token] = (*found.get(claim.token, ()), claim)
-        return {token: each for token, each in found.items() if self._is_stale(each)}
-
-    def _is_stale(self, claims: tuple[Claim, ...]) -> bool:
-        """Whether nobody will give one interface's claims back any more."""
-        workers = {claim.worker for claim in claims if claim.worker}
-        if any(processes.is_alive(self.settings, worker) for worker in workers):
-            return False
-        # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
-        if any(claim.state is not State.ACTIVE for claim in claims):
-            return True
-        # Who was killed while handing over left two owners.
-        owners = {claim.owner for claim in claims}
-        return not any(processes.is_owner_alive(self.settings, owner) for owner in owners)
-
-    @contextmanager
-    def _pf_lock(self, pf: PciAddress | None) -> Iterator[None]:
-        if pf is None:
-            yield
-            return
-        path = self.settings.pf_lock_path(pf.text)
-        with guard(path, self.settings.pf_wait_s, f"PF {pf}"):
-            yield
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:

@@ -1,0 +1,158 @@
+"""The way back: releasing, wait until the device is free, undo the journal, drop the claim.
+
+Whoever is at it marks the claims as his first; who finds the mark of a dead process goes on in its place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+from vnet_lock.claims import ClaimTable
+from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.journal import MadeLink
+from vnet_lock.kernel import processes
+from vnet_lock.kernel.observe import read_inventory
+from vnet_lock.locks import guard
+from vnet_lock.model import Claim, Claims, Mode, PciAddress, Process, State, UseKind
+from vnet_lock.planning import name_of
+from vnet_lock.settings import Settings
+from vnet_lock.undo import undo
+
+# What must hold of one interface's claims, asked under the guard.
+Still = Callable[[tuple[Claim, ...]], bool]
+
+_RETRY_S = 0.05
+_HEAL_WAIT_S = 0.2
+
+
+class GivingBack:
+    """Gives claims back, each interface's by its token, as the process ``me``."""
+
+    def __init__(self, settings: Settings, table: ClaimTable, me: Process) -> None:
+        self._settings = settings
+        self._table = table
+        self._me = me
+
+    def give_all(self, tokens: Iterable[str], still: Still | None = None) -> None:
+        """As ``give``, of several; one VnetLockError for all that could not be done."""
+        failures = [failure for token in tokens for failure in self.give(token, still=still)]
+        if failures:
+            raise VnetLockError("; ".join(failures) + "; what is left to undo is kept: vnet-lock gc")
+
+    def give(
+        self, token: str, drop: bool = True, wait_s: float | None = None, still: Still | None = None
+    ) -> list[str]:
+        """Undo one interface's claims and drop them; return what could not be done, and keep them then.
+
+        Nothing is done where ``still`` doesn't hold of them (any more).
+        """
+        try:
+            claims = self._mark_releasing(token, still)
+            if not claims:
+                return []
+            failures = self._undo_marked(claims, self._settings.free_wait_s if wait_s is None else wait_s)
+            with self._table.guarded() as writer:
+                for claim in writer.read().with_token(token):
+                    if failures:
+                        writer.replace(replace(claim, worker=None))
+                    elif drop:
+                        writer.drop(claim)
+                    else:
+                        writer.replace(replace(claim, journal=()))
+        except VnetLockError as error:
+            return [str(error)]
+        return failures
+
+    def heal(self, token: str) -> list[str]:
+        """Give back what is stale, if it is so still; return what could not be done."""
+        # A process that is dead holds nothing any more: what is held still is held by another.
+        return self.give(token, wait_s=_HEAL_WAIT_S, still=self.is_stale)
+
+    def stale(self, claims: Claims) -> dict[str, tuple[Claim, ...]]:
+        """The claims of each interface that nobody will give back any more, by their token."""
+        found: dict[str, tuple[Claim, ...]] = {}
+        for claim in claims.records:
+            found[claim.token] = (*found.get(claim.token, ()), claim)
+        return {token: each for token, each in found.items() if self.is_stale(each)}
+
+    def is_stale(self, claims: tuple[Claim, ...]) -> bool:
+        """Whether nobody will give one interface's claims back any more."""
+        workers = {claim.worker for claim in claims if claim.worker}
+        if any(processes.is_alive(self._settings, worker) for worker in workers):
+            return False
+        # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
+        if any(claim.state is not State.ACTIVE for claim in claims):
+            return True
+        # Who was killed while handing over left two owners.
+        owners = {claim.owner for claim in claims}
+        return not any(processes.is_owner_alive(self._settings, owner) for owner in owners)
+
+    def wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
+        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""
+        links = {
+            name
+            for claim in claims
+            for entry in claim.journal
+            if isinstance(entry, MadeLink)
+            for name in (entry.name, entry.final)
+        }
+        deadline = time.monotonic() + wait_s
+        while True:
+            inventory = read_inventory(self._settings, [claim.resource.name for claim in claims])
+            held = [
+                f"{name_of(claim.resource)} is still in use by {user.text}"
+                for claim in claims
+                for user in inventory.users_of(claim.resource)
+                if (claim.mode is Mode.EXCLUSIVE and user.kind in (UseKind.VFIO, UseKind.NAMESPACE))
+                or (user.kind is UseKind.UPPER and user.pid is not None and user.link in links)
+            ]
+            if not held or time.monotonic() > deadline:
+                return list(dict.fromkeys(held))
+            time.sleep(_RETRY_S)
+
+    @contextmanager
+    def pf_lock(self, pf: PciAddress | None) -> Iterator[None]:
+        """Hold the lock under which a PF, and its VFs through it, are written; none without a PF."""
+        if pf is None:
+            yield
+            return
+        path = self._settings.pf_lock_path(pf.text)
+        with guard(path, self._settings.pf_wait_s, f"PF {pf}"):
+            yield
+
+    def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
+        """Wait until the devices are free and undo what the journals say; return what could not be done."""
+        try:
+            failures = self.wait_until_free(claims, wait_s)
+            if failures:
+                return failures
+            with ExitStack() as stack:
+                for pf in sorted({claim.pf for claim in claims if claim.pf}):
+                    stack.enter_context(self.pf_lock(pf))
+                return [failure for claim in claims for failure in undo(self._settings, claim)]
+        except VnetLockError as error:
+            return [str(error)]
+
+    def _mark_releasing(self, token: str, still: Still | None) -> tuple[Claim, ...]:
+        """Make an interface's claims ours to undo; empty where they are gone, or somebody else saw to it.
+
+        Waits a while for another who is at it, and raises Refused where he doesn't come to an end.
+        """
+        deadline = time.monotonic() + self._settings.busy_wait_s
+        while True:
+            with self._table.guarded() as writer:
+                claims = writer.read().with_token(token)
+                worker = next((claim.worker for claim in claims if claim.worker), None)
+                if worker is None or worker == self._me or not processes.is_alive(self._settings, worker):
+                    if still is not None and not still(claims):
+                        return ()
+                    claims = tuple(replace(one, state=State.RELEASING, worker=self._me) for one in claims)
+                    for claim in claims:
+                        writer.replace(claim)
+                    return claims
+            if time.monotonic() > deadline:
+                raise Refused(f"{claims[0].resource} is being worked on by pid {worker.pid}")
+            time.sleep(_RETRY_S)
