@@ -1,0 +1,127 @@
+"""Ports on real links: what is made, that each undo may run twice, and that nothing stays."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from vnet_lock.combination import Policy, Port
+from vnet_lock.errors import Refused, Unsupported
+from vnet_lock.kernel.processes import read_boot_id, this_process
+from vnet_lock.model import Claim, Intent, Owner, OwnerKind
+from vnet_lock.session import Session
+from vnet_lock.settings import DEFAULT
+from vnet_lock.undo import undo
+
+MAC = "52:54:00:0c:0d:0e"
+
+
+@pytest.fixture
+def session(ip: Callable[[str], str], macvtap_works: None) -> Iterator[Session]:
+    """A session on a host with up0, a device of a wire, and br0, a bridge."""
+    del macvtap_works
+    for words in ("up0 type veth peer name peer0", "br0 type bridge"):
+        ip(f"link add {words}")
+    for name in ("up0", "peer0", "br0"):
+        ip(f"link set {name} up")
+    before = set(os.listdir("/sys/class/net"))
+    yield Session(DEFAULT)
+    assert set(os.listdir("/sys/class/net")) == before
+    assert os.listdir(DEFAULT.claims_dir) == []
+
+
+def me() -> Owner:
+    return Owner(OwnerKind.QEMU, "me", read_boot_id(DEFAULT), process=this_process(DEFAULT))
+
+
+def want(policy: Policy, port: Port, dev: str, **more: object) -> Intent:
+    return Intent("net0", policy, (dev,), (port,), **more)  # type: ignore[arg-type]
+
+
+def link(ip: Callable[[str], str], name: str) -> dict[str, object]:
+    return json.loads(ip(f"-json -details link show dev {name}"))[0]
+
+
+def only_claim(session: Session) -> Claim:
+    (claim,) = session.table.read().records
+    return claim
+
+
+@pytest.mark.parametrize(
+    ("policy", "mode"), [(Policy.VEB, "bridge"), (Policy.VEPA, "vepa"), (Policy.PRIVATE, "private")]
+)
+def test_a_macvlan_port_is_a_macvtap_in_the_policys_mode(
+    session: Session, ip: Callable[[str], str], policy: Policy, mode: str
+) -> None:
+    (grant,) = session.acquire(me(), [want(policy, Port.MACVLAN, "up0", mac=MAC, ifname="web1-net0")])
+    assert grant.opened is not None
+    assert (grant.opened.netdev, grant.opened.mac) == ("web1-net0", MAC)
+    made = link(ip, "web1-net0")
+    assert (made["link"], made["address"], made["ifalias"]) == ("up0", MAC, f"vnet-lock:{grant.token}")
+    assert made["linkinfo"]["info_data"]["mode"] == mode  # type: ignore[index]
+    assert {"UP", "ALLMULTI"} <= set(made["flags"])  # type: ignore[call-overload]
+    assert made["inet6_addr_gen_mode"] == "none"
+    assert Path(f"/dev/tap{made['ifindex']}").is_char_device()
+    session.release(me())
+
+
+def test_a_bridge_port_is_a_tap_in_the_bridge(session: Session, ip: Callable[[str], str]) -> None:
+    session.acquire(me(), [want(Policy.VEB, Port.BRIDGE, "br0", mac=MAC, ifname="web1-net0")])
+    made = link(ip, "web1-net0")
+    assert (made["master"], made["linkinfo"]["info_kind"]) == ("br0", "tun")  # type: ignore[index]
+    assert "UP" in made["flags"]  # type: ignore[operator]
+    session.release(me())
+
+
+@pytest.mark.parametrize(("port", "dev"), [(Port.MACVLAN, "up0"), (Port.BRIDGE, "br0")])
+def test_every_undo_and_every_release_may_run_twice(session: Session, port: Port, dev: str) -> None:
+    session.acquire(me(), [want(Policy.VEB, port, dev)])
+    claim = only_claim(session)
+    assert len(claim.journal) == 1
+    assert undo(DEFAULT, claim) == []
+    assert undo(DEFAULT, claim) == []
+    session.release(me())
+    session.release(me())
+    assert undo(DEFAULT, claim) == []
+
+
+def test_an_undo_never_takes_anothers_link_of_the_same_name(
+    session: Session, ip: Callable[[str], str]
+) -> None:
+    session.acquire(me(), [want(Policy.VEB, Port.MACVLAN, "up0", ifname="web1-net0")])
+    ip("link delete web1-net0")
+    ip("link add web1-net0 type bridge")
+    session.release(me())
+    assert link(ip, "web1-net0")["linkinfo"]["info_kind"] == "bridge"  # type: ignore[index]
+    ip("link delete web1-net0")
+
+
+def test_what_fails_half_way_leaves_nothing(session: Session, ip: Callable[[str], str]) -> None:
+    """The second interface's name is taken: the first is undone, too."""
+    first = want(Policy.VEB, Port.MACVLAN, "up0", ifname="web1-net0")
+    second = Intent("net1", Policy.VEB, ("br0",), (Port.BRIDGE,), ifname="peer0")
+    with pytest.raises(Exception, match="peer0"):
+        session.acquire(me(), [first, second])
+    assert "web1-net0" not in ip("link")
+
+
+def test_two_guests_share_a_device_but_not_a_mac(session: Session) -> None:
+    session.acquire(me(), [want(Policy.VEPA, Port.MACVLAN, "up0", mac=MAC)])
+    stranger = Owner(OwnerKind.LIBVIRT, "web2", me().boot_id, uuid="u", process=me().process)
+    with pytest.raises(Refused, match="give each guest its own"):
+        session.acquire(stranger, [want(Policy.VEPA, Port.MACVLAN, "up0", mac=MAC)])
+    session.acquire(stranger, [want(Policy.VEPA, Port.MACVLAN, "up0")])
+    assert len(session.table.read().records) == 2
+    session.release(stranger)
+    session.release(me())
+
+
+def test_a_port_of_a_bridge_can_be_no_lower_device(session: Session, ip: Callable[[str], str]) -> None:
+    ip("link set up0 master br0")
+    with pytest.raises(Unsupported, match="port of bridge br0"):
+        session.acquire(me(), [want(Policy.VEB, Port.MACVLAN, "up0")])
+    ip("link set up0 nomaster")
