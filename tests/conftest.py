@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 
 RINGS = Path(__file__).parent
+
+
+def pytest_configure() -> None:
+    """Signals as on a terminal: nohup and a shell's & have some ignored, and whatever we start inherits that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def is_required(path: Path) -> bool:
