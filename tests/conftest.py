@@ -17,7 +17,7 @@ RINGS = Path(__file__).parent
 
 
 def pytest_configure() -> None:
-    """Signals as on a terminal: nohup and a shell's & have some ignored, and whatever we start inherits that."""
+    """Signals as on a terminal: nohup and a shell's & have some ignored, and what we start inherits it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_DFL)

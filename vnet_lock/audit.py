@@ -180,7 +180,8 @@ class _Auditor:
             )
         else:
             claiming = f", or claim it: vnet-lock claim {resource} --pid {pid}" if pid else ""
-            self._error("foreign", resource, f"{name} is in use without a claim by {who}; stop it{claiming}")
+            who = "; ".join((strangers[0].by_whom, *(user.text for user in strangers[1:])))
+            self._error("foreign", resource, f"{name} is in use without a claim {who}; stop it{claiming}")
 
     # --- claims against claims ------------------------------------------------------------------
 

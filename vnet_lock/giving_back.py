@@ -103,7 +103,7 @@ class GivingBack:
         while True:
             inventory = read_inventory(self._settings, [claim.resource.name for claim in claims])
             held = [
-                f"{name_of(claim.resource)} is still in use by {user.text}"
+                f"{name_of(claim.resource)} is still in use {user.by_whom}"
                 for claim in claims
                 for user in inventory.users_of(claim.resource)
                 if (claim.mode is Mode.EXCLUSIVE and user.kind in (UseKind.VFIO, UseKind.NAMESPACE))

@@ -267,6 +267,11 @@ class User:
         who = f"{self.command} (pid {self.pid})" if self.pid else self.command
         return f"{who}: {self.how}" if who else self.how
 
+    @property
+    def by_whom(self) -> str:
+        """After "in use": ``by qemu (pid 7): has …``, or the bare evidence, ``(bound to igb_uio)``."""
+        return f"by {self.text}" if self.command else f"({self.how})"
+
 
 @dataclass(frozen=True, slots=True)
 class Vf:

@@ -148,7 +148,7 @@ class Situation:
             )
             if strangers:
                 holder = strangers[0].text
-                message = f"{name_of(resource)} is in use without a claim by {holder}; "
+                message = f"{name_of(resource)} is in use without a claim {strangers[0].by_whom}; "
                 message += f"see: vnet-lock show {resource}"
                 return Obstacle(resource, holder, message)
         return None

@@ -216,6 +216,13 @@ def test_a_vf_in_use_without_a_claim_is_not_given_out() -> None:
     assert "pid 99" in refused(decide(inventory, fixed))
 
 
+def test_use_that_names_nobody_is_said_by_its_evidence() -> None:
+    inventory = host(pf(PF_A, "enp1", 1))
+    vf = inventory.pfs[0].vfs[0]
+    inventory = replace(inventory, users={vf.resource: (User(None, "", "bound to igb_uio", UseKind.DRIVER),)})
+    assert "in use without a claim (bound to igb_uio); see" in refused(decide(inventory, VFIO))
+
+
 def test_foreign_use_of_a_vf_keeps_the_whole_pf_from_being_given_out() -> None:
     inventory = host(pf(PF_A, "enp1", 1))
     vf = inventory.pfs[0].vfs[0]

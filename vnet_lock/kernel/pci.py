@@ -157,7 +157,7 @@ def _refuse_if_open(settings: Settings, pci: PciAddress) -> None:
     for users in read_holders(settings, read_vfio_rdevs(settings, pci)).values():
         for user in users:
             raise Refused(
-                f"{pci} is in use by {user.text}; stop that first, its driver cannot be taken away under it",
+                f"{pci} is in use {user.by_whom}; stop that first, its driver cannot be taken away under it",
                 resource=pci.text,
                 holder=user.text,
             )
