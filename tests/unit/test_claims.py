@@ -83,14 +83,6 @@ def path_of(settings: Settings, claim: Claim) -> Path:
     return path
 
 
-def require_root() -> None:
-    if os.geteuid() == 0:
-        return
-    if "root" in os.environ.get("VNET_LOCK_REQUIRE", ""):
-        pytest.fail("needs root")
-    pytest.skip("needs root (VNET_LOCK_REQUIRE=root fails instead)")
-
-
 # --- what is written is read ---------------------------------------------------------------------
 
 
@@ -363,8 +355,8 @@ def test_a_record_that_is_no_file_of_ours_is_damaged(
     assert damaged(table) == Damaged(str(path), reason, FULL.resource)
 
 
+@pytest.mark.as_root
 def test_a_record_of_another_user_is_damaged(table: ClaimTable, settings: Settings) -> None:
-    require_root()
     add(table, FULL)
     os.chown(path_of(settings, FULL), 65534, -1)
     assert damaged(table).reason == "it belongs to uid 65534"
@@ -409,9 +401,9 @@ def test_a_directory_that_others_can_write_is_not_used(
         assert f"{getattr(settings, which)} is not ours alone" in one_line(caught)
 
 
+@pytest.mark.as_root
 @pytest.mark.parametrize("which", ["run", "claims_dir"])
 def test_a_directory_of_another_user_is_not_used(table: ClaimTable, settings: Settings, which: str) -> None:
-    require_root()
     add(table, FULL)
     os.chown(getattr(settings, which), 65534, -1)
     for use in (table.read, lambda: add(table, a_claim())):
@@ -439,8 +431,8 @@ def test_what_is_no_real_directory_is_not_used(
         assert "move" in one_line(caught)
 
 
+@pytest.mark.as_root
 def test_a_user_reads_roots_claims_and_is_told_to_be_root_for_more() -> None:
-    require_root()
     with open_root() as root:
         settings = Settings.under(root)
         add(ClaimTable(settings), FULL)
@@ -450,8 +442,8 @@ def test_a_user_reads_roots_claims_and_is_told_to_be_root_for_more() -> None:
         ]
 
 
+@pytest.mark.as_root
 def test_a_directory_that_cannot_be_made_is_one_line_that_says_run_as_root() -> None:
-    require_root()
     with open_root() as root:
         assert read_and_guard_as_nobody(Settings.under(root)) == [
             "0",
@@ -459,8 +451,8 @@ def test_a_directory_that_cannot_be_made_is_one_line_that_says_run_as_root() -> 
         ]
 
 
+@pytest.mark.as_root
 def test_a_read_only_run_directory_is_one_clear_line(table: ClaimTable, settings: Settings) -> None:
-    require_root()
     add(table, FULL)
     code = (
         "import sys; from vnet_lock.claims import ClaimTable; from vnet_lock.settings import Settings\n"
@@ -476,8 +468,8 @@ def test_a_read_only_run_directory_is_one_clear_line(table: ClaimTable, settings
     )
 
 
+@pytest.mark.as_root
 def test_where_only_some_of_an_interfaces_claims_find_room_none_is_left(settings: Settings) -> None:
-    require_root()
     code = """
 import sys
 from dataclasses import replace

@@ -391,9 +391,8 @@ def test_an_error_is_one_line_whatever_is_in_a_name(host, run):
     assert "\033" not in err
 
 
+@pytest.mark.as_root  # to become somebody else
 def test_without_root_what_can_be_seen_is_shown(capfd):
-    if os.geteuid() != 0:
-        pytest.skip("needs root to become somebody else")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own is closed to others
         os.chmod(folder, 0o755)
         host = FakeHost(folder)
