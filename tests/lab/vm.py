@@ -37,6 +37,8 @@ LOST = 125
 
 # Below 2816 MB: with more, the firmware puts the VFs' BARs above 4 GiB, where igb's mailbox is deaf.
 MEMORY_MB = 2750
+# vng mounts a tmpfs over these.
+_HIDDEN = ("/var/tmp", "/var/log", "/run", "/dev/shm")
 # What a boot and the collecting of logs may take beside the command itself.
 BOOT_S = 150
 DEFAULT_DEADLINE_S = 1800
@@ -89,6 +91,7 @@ class Vm:
             "--cwd", str(TOP),
             "--overlay-rwdir", "/etc",
             "--overlay-rwdir", "/var",
+            *(["--rodir", str(TOP)] if any(map(TOP.is_relative_to, _HIDDEN)) else []),
             "--rwdir", str(self.results),
             "--qemu-opts=-machine q35 -cpu max,+svm -device intel-iommu,intremap=on,caching-mode=on",
             "--qemu-opts=-device pcie-root-port,id=rp0,chassis=1,slot=1",
