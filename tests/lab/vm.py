@@ -73,6 +73,8 @@ class Vm:
     def argv(self, *, shell: str | None = None) -> list[str]:
         """The vng command line; with ``shell``, a program on the terminal instead of the inside script."""
         _check_words(TOP, self.results)
+        if hidden := next(filter(TOP.is_relative_to, _HIDDEN), None):
+            raise LabError(f"the lab VM doesn't see what is below {hidden}: have the checkout elsewhere")
         console = [] if shell else [
             f"--qemu-opts=-chardev file,id=log,path={self.results}/console.log -serial chardev:log",
             "--append", "console=ttyS1 earlyprintk=serial,ttyS1,115200 loglevel=5",
@@ -91,7 +93,6 @@ class Vm:
             "--cwd", str(TOP),
             "--overlay-rwdir", "/etc",
             "--overlay-rwdir", "/var",
-            *(["--rodir", str(TOP)] if any(map(TOP.is_relative_to, _HIDDEN)) else []),
             "--rwdir", str(self.results),
             "--qemu-opts=-machine q35 -cpu max,+svm -device intel-iommu,intremap=on,caching-mode=on",
             "--qemu-opts=-device pcie-root-port,id=rp0,chassis=1,slot=1",
