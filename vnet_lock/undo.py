@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import assert_never
 
 from vnet_lock.errors import Vanished, VnetLockError
@@ -89,14 +90,41 @@ def _restore_link(settings: Settings, saved: Link) -> None:
         return
     from vnet_lock.kernel import netlink
 
+    if now.mac != saved.mac:
+        netdev = _restore_mac(settings, saved, netdev)
+        now = before.read_link(settings, saved.device, netdev) or now
     if now.up and not saved.up:
         netlink.set_link(netdev, up=False)
     netlink.set_link(
         netdev,
-        mac=saved.mac if now.mac != saved.mac else None,
         mtu=saved.mtu if now.mtu != saved.mtu else None,
         allmulticast=saved.allmulticast if now.allmulticast != saved.allmulticast else None,
         addrgenmode={0: "eui64", 1: "none"}.get(-1 if saved.addr_gen_mode is None else saved.addr_gen_mode),
     )
     if saved.up and not now.up:
         netlink.set_link(netdev, up=True)
+
+
+def _restore_mac(settings: Settings, saved: Link, netdev: str) -> str:
+    """Give a device its own MAC back, and return its name afterwards.
+
+    A VF whose PF has set its MAC may not change it; it takes the PF's when its driver is bound anew.
+    """
+    from vnet_lock.kernel import netlink
+
+    try:
+        netlink.set_link(netdev, mac=saved.mac)
+    except Vanished:
+        raise
+    except VnetLockError:
+        if not os.path.exists(f"{settings.sys}/bus/pci/devices/{saved.device}/physfn"):
+            raise
+        address = PciAddress.parse(saved.device)
+        driver = pci.read_driver(settings, address)
+        pci.bind_driver(settings, address, None)
+        pci.bind_driver(settings, address, driver)
+        netdev = before.wait_for_netdev(settings, address, saved.name)
+        now = before.read_link(settings, saved.device, netdev)
+        if now is None or now.mac != saved.mac:
+            raise
+    return netdev
