@@ -33,7 +33,9 @@ class Run:
 
     def write_qemu(self, body: str, interpreter: str = "/bin/sh") -> Path:
         path = self.folder / "qemu"
-        path.write_text(f"#!{interpreter}\ncd {self.folder}\n{body}\n" if "sh" in interpreter else body)
+        path.write_text(
+            f"#!{interpreter}\ncd {self.folder}\n{body}\n" if Path(interpreter).name.endswith("sh") else body
+        )
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
         return path
 
