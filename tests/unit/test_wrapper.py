@@ -241,7 +241,7 @@ def test_a_signal_before_qemu_runs_undoes_what_was_begun(run):
 
 
 def read_signals(path: Path) -> dict[str, int]:
-    """Lines of /proc/PID/status, without signals 32 and 33: the C library's own, which make leaves ignored."""
+    """Lines of /proc/PID/status, without signals 32 and 33: the C library's, which make leaves ignored."""
     words = read_text(path).split()
     return {name: int(mask, 16) & ~(0b11 << 31) for name, mask in zip(words[::2], words[1::2], strict=True)}
 
