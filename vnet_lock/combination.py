@@ -1,6 +1,7 @@
 """What can be combined: a policy, a port (kernel implementation) and a backend (QEMU implementation).
 
-The list is the one that the libvirt list wrote down in 2009, and our own vfio forms.
+The list is the one that the libvirt list wrote down in 2009, with passt beside QEMU's own user network, and
+our own vfio forms.
 """
 
 from __future__ import annotations
@@ -49,19 +50,33 @@ class Backend(StrEnum):
     SOCKET_VHOST = "socket+vhost"
     SOCKET = "socket"
     USER = "user"
+    PASST = "passt"
     VFIO = "vfio"
+
+    @property
+    def has_socket(self) -> bool:
+        """Whether the guest is connected through a packet socket, on a device that the host doesn't see."""
+        return self in (Backend.SOCKET, Backend.SOCKET_VHOST)
+
+    @property
+    def has_queues(self) -> bool:
+        """Whether it can have more than one of them that we open."""
+        return self in (Backend.TAP, Backend.TAP_VHOST, Backend.SOCKET_VHOST)
 
 
 # The order in which backends are preferred where the user names none; vfio is never a default.
-DEFAULT_BACKENDS = (Backend.TAP_VHOST, Backend.TAP, Backend.SOCKET_VHOST, Backend.SOCKET, Backend.USER)
+DEFAULT_BACKENDS = (
+    *(Backend.TAP_VHOST, Backend.TAP, Backend.SOCKET_VHOST, Backend.SOCKET),
+    *(Backend.PASST, Backend.USER),
+)
 
-_USER = (Backend.USER,)
+_USERS = (Backend.PASST, Backend.USER)
 _TAPS = (Backend.TAP, Backend.TAP_VHOST)
 _SOCKETS = (Backend.SOCKET, Backend.SOCKET_VHOST)
 
 # In the order in which ports are tried where the user names none.
 _TABLE: tuple[tuple[Policy, Port, tuple[Backend, ...]], ...] = (
-    (Policy.NAT, Port.SOCKET, _USER),
+    (Policy.NAT, Port.SOCKET, _USERS),
     (Policy.NAT, Port.BRIDGE, _TAPS),
     (Policy.ROUTE, Port.NONE, _TAPS),
     (Policy.ROUTE, Port.VETH_MACVLAN, _TAPS + _SOCKETS),

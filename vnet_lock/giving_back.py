@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import Refused, VnetLockError
-from vnet_lock.journal import MadeLink
+from vnet_lock.journal import MadeLink, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import guard
@@ -123,6 +123,12 @@ class GivingBack:
         with guard(path, self._settings.pf_wait_s, f"PF {pf}"):
             yield
 
+    @contextmanager
+    def host_lock(self) -> Iterator[None]:
+        """Hold the lock under which what guests share on this host is changed."""
+        with guard(self._settings.host_lock_path, self._settings.host_wait_s, "this host's shared settings"):
+            yield
+
     def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until the devices are free and undo what the journals say; return what could not be done."""
         try:
@@ -132,9 +138,20 @@ class GivingBack:
             with ExitStack() as stack:
                 for pf in sorted({claim.pf for claim in claims if claim.pf}):
                     stack.enter_context(self.pf_lock(pf))
-                return [failure for claim in claims for failure in undo(self._settings, claim)]
+                shared: set[str] = set()
+                if any(share_key(entry) for claim in claims for entry in claim.journal):
+                    stack.enter_context(self.host_lock())
+                    shared = self._needed_by_others(claims[0].token)
+                return [failure for claim in claims for failure in undo(self._settings, claim, shared)]
         except VnetLockError as error:
             return [str(error)]
+
+    def _needed_by_others(self, token: str) -> set[str]:
+        """What other claims have in their journals, too; of a dead one as well: its own undo comes later."""
+        with self._table.guarded() as writer:
+            claims = writer.read().records
+        entries = (entry for claim in claims if claim.token != token for entry in claim.journal)
+        return {key for entry in entries if (key := share_key(entry))}
 
     def _mark_releasing(self, token: str, still: Still | None) -> tuple[Claim, ...]:
         """Make an interface's claims ours to undo; empty where they are gone, or somebody else saw to it.

@@ -65,14 +65,55 @@ class MadeLink:
     alias: str
 
 
-Entry = VfAdmin | Link | Driver | MadeLink
+@dataclass(frozen=True, slots=True)
+class SharedLink:
+    """A bridge or VLAN device made as a MadeLink is, for guests who share it."""
+
+    name: str
+    final: str
+    alias: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sysctl:
+    """A setting of the kernel before, which guests share; ``name`` is its path, net/ipv4/ip_forward say."""
+
+    name: str
+    before: str
+
+
+@dataclass(frozen=True, slots=True)
+class SocketFile:
+    """A unix socket in the file system, where the guest's QEMU finds its network."""
+
+    path: str
+
+
+Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | SocketFile
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
     "link": Link,
     "driver": Driver,
     "made-link": MadeLink,
+    "shared-link": SharedLink,
+    "sysctl": Sysctl,
+    "socket-file": SocketFile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
+
+
+def share_key(entry: Entry) -> str | None:
+    """What guests who share it know it by; None for what is one guest's alone.
+
+    What is shared is undone with the last claim whose journal has it.
+    """
+    match entry:
+        case SharedLink():
+            return f"link {entry.final}"
+        case Sysctl():
+            return f"sysctl {entry.name}"
+        case _:
+            return None
 
 
 def to_json(entry: Entry) -> dict[str, Any]:

@@ -405,20 +405,23 @@ class Intent:
     """What a guest's interface wants; all that is not said is ours to choose.
 
     ``devs`` are in order of preference: a PF's name or address, or the very VF that is wanted, or another
-    network device.
+    network device; only nat can do without.
     ``ports`` and ``backends`` are in order of preference, empty means the usual order.
     ``ifname`` is the name that a macvtap or tap is to have.
+    ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
     """
 
     interface: str
     policy: Policy
-    devs: tuple[str, ...]
+    devs: tuple[str, ...] = ()
     ports: tuple[Port, ...] = ()
     backends: tuple[Backend, ...] = ()
     mac: str | None = None
     vlan: int | None = None
     queues: int = 1
     ifname: str | None = None
+    addresses: tuple[str, ...] = ()
+    dhcp: bool = False
 
 
 Request = Fixed | Intent
@@ -437,7 +440,7 @@ class Assignment:
     """What one request gets: a combination on a device, and the claims that it takes.
 
     ``combination`` is None where libvirt uses the device in a way that is none of ours.
-    ``wanted[0]`` is the device itself.
+    ``wanted[0]`` is the device itself; a user network takes none, and nothing is wanted.
     """
 
     request: Request

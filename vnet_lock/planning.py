@@ -256,7 +256,9 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
 
 
 def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> Assignment | Refusal:
-    if not any(_is_here(dev, situation.inventory) for dev in intent.devs):
+    # A bridge that is asked for by name may have to be made.
+    may_be_new = intent.ports == (Port.BRIDGE,)
+    if intent.devs and not may_be_new and not any(_is_here(dev, situation.inventory) for dev in intent.devs):
         names = " or ".join(map(repr, intent.devs))
         message = (
             f"{intent.interface}: there is no network device {names} here; see: vnet-lock status, ip link"
@@ -272,6 +274,8 @@ def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> As
             tried = True
             combination = Combination(intent.policy, port, backend)
             lack = situation.lacking.get(port) or situation.lacking.get(backend)
+            if not lack and intent.queues > 1 and not backend.has_queues:
+                lack = f"{backend} has one queue only"
             if lack or port not in situation.sources:
                 rejected.append(Rejection(combination.text, lack or "not built in this version"))
                 continue
@@ -315,14 +319,14 @@ def _refusal(intent: Intent, rejected: list[Rejection], obstacles: list[Obstacle
     of_devices = [rejection for rejection in rejected if " on " in rejection.candidate]
     reasons = list(dict.fromkeys(rejection.reason for rejection in of_devices or rejected))
     distinct = list(dict.fromkeys(obstacle.message for obstacle in obstacles))
-    where = " or ".join(intent.devs)
+    where = f"{intent.policy} on {' or '.join(intent.devs)}" if intent.devs else str(intent.policy)
     if distinct:
-        message = f"{intent.interface}: nothing free for {intent.policy} on {where}: " + "; ".join(distinct)
+        message = f"{intent.interface}: nothing free for {where}: " + "; ".join(distinct)
         if len(distinct) == 1:
             message = f"{intent.interface}: {distinct[0]}"
         first = obstacles[0]
         return Refusal(intent, RefusalKind.HELD, message, first.resource, first.holder, tuple(rejected))
-    message = f"{intent.interface}: {intent.policy} on {where} is not possible here: " + "; ".join(reasons)
+    message = f"{intent.interface}: {where} is not possible here: " + "; ".join(reasons)
     return Refusal(intent, RefusalKind.IMPOSSIBLE, message, rejected=tuple(rejected))
 
 

@@ -1,6 +1,6 @@
-"""QEMU's command line: the ``host`` networks in it, and the line that QEMU gets in their place.
+"""QEMU's command line: the ``host`` networks in it, and what they want.
 
-Never looks at the host, opens or runs anything.
+Never looks at the host, opens or runs anything. The line that QEMU gets in their place is qemu_rewrite.py's.
 """
 
 from __future__ import annotations
@@ -8,43 +8,20 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, ports_of
+from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, ports_of
 from vnet_lock.errors import BadInput
 from vnet_lock.model import Intent, PciAddress, is_ifname
 from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options
 
-_KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues")
+_KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues", "ip", "dhcp")
 # What -nic host takes beside them: properties of the device that it makes.
 _NIC_KEYS = ("model", "addr", "bus", "bootindex", "vectors")
-# Properties that every PCI device of QEMU has: they stay when a NIC becomes vfio-pci.
-_PCI_KEYS = (
-    *("id", "bus", "addr", "busnr", "bootindex", "multifunction", "acpi-index", "rombar", "failover_pair_id"),
-)
 _NOT_PCI = frozenset(("virtio-net-device", "virtio-net-ccw", "usb-net", "ne2k_isa", "spapr-vlan", "lan9118"))
 _VHOST = (Backend.TAP_VHOST, Backend.SOCKET_VHOST)
 _MAX_QUEUES = 256  # MAX_TAP_QUEUES, include/linux/if_tap.h
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed(), util/id.c
 _MAC = re.compile(r"[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}")
-
-
-class Connected(Protocol):
-    """How a guest's interface is connected; descriptors are numbers, or words that stand for them."""
-
-    @property
-    def combination(self) -> Combination: ...  # noqa: D102
-    @property
-    def mac(self) -> str | None: ...  # noqa: D102
-    @property
-    def fds(self) -> Sequence[int | str]: ...  # noqa: D102
-    @property
-    def vhost_fds(self) -> Sequence[int | str]: ...  # noqa: D102
-    @property
-    def pci(self) -> PciAddress | None: ...  # noqa: D102
-
-
-# --- what is asked for ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +143,14 @@ def _read_intent(option: Option, network: Properties, nic: Nic | None) -> Intent
     return Intent(
         interface=str(network.get("id")),
         policy=policy,
-        devs=_read_devs(option, network),
+        devs=_read_devs(option, network, policy),
         ports=ports,
         backends=backends,
         mac=_read_mac(option, network, nic),
         vlan=_read_number(option, "vlan", network.get("vlan"), 4094),
         queues=queues,
+        addresses=_read_addresses(option, network, policy),
+        dhcp=_read_switch(option, network, "dhcp"),
     )
 
 
@@ -183,7 +162,7 @@ def _check_keys(option: Option, network: Properties) -> None:
             raise BadInput(f'{option.text}: unknown key "{key}"; known: {", ".join(known)}')
         if value is None or value == "":
             raise BadInput(f"{option.text}: {key} has no value; write {key}=…")
-        if key in seen and key != "dev":
+        if key in seen and key not in ("dev", "ip"):
             raise BadInput(f"{option.text}: {key}= is there twice; leave one")
         seen.add(key)
     if "pool" in seen:
@@ -206,9 +185,9 @@ def _read_mode(option: Option, mode: str | None, port: str | None) -> tuple[Poli
     return policy, (Port(port),)
 
 
-def _read_devs(option: Option, network: Properties) -> tuple[str, ...]:
+def _read_devs(option: Option, network: Properties, policy: Policy) -> tuple[str, ...]:
     devs = network.values("dev")
-    if not devs:
+    if not devs and policy is not Policy.NAT:
         raise BadInput(f"{option.text}: dev= is missing; name a network device (dev=eth0) or a PCI address")
     return tuple(_read_dev(option, dev) for dev in devs)
 
@@ -223,6 +202,29 @@ def _read_dev(option: Option, dev: str) -> str:
         raise BadInput(f'{option.text}: "{dev}" is {reason}') from error
 
 
+def _read_addresses(option: Option, network: Properties, policy: Policy) -> tuple[str, ...]:
+    """The guest's own addresses, which only a route needs to know."""
+    texts = network.values("ip")
+    if bool(texts) != (policy is Policy.ROUTE):
+        need = "needs the guest's own address: add ip=192.0.2.7" if not texts else "takes no ip="
+        raise BadInput(f"{option.text}: mode={policy} {need}")
+    if not texts:
+        return ()
+    from ipaddress import ip_address  # 8 ms, and only a route has any
+
+    try:
+        return tuple(dict.fromkeys(str(ip_address(text)) for text in texts))
+    except ValueError as error:
+        raise BadInput(f"{option.text}: ip: {error} (like 192.0.2.7 or 2001:db8::7)") from error
+
+
+def _read_switch(option: Option, network: Properties, key: str) -> bool:
+    text = network.get(key)
+    if text not in (None, "on", "off", "True", "False"):  # JSON has true and false
+        raise BadInput(f'{option.text}: {key}="{text}" is neither on nor off')
+    return text in ("on", "True")
+
+
 def read_protocols(text: str, where: str) -> tuple[Backend, ...]:
     """The backends that ``a:b:c`` allows, in its order; ``vhost`` puts the +vhost forms before the plain."""
     words = text.split(":")
@@ -234,6 +236,8 @@ def read_protocols(text: str, where: str) -> tuple[Backend, ...]:
     for word in words:
         if word in ("tap", "socket") and "vhost" in words:
             backends.append(Backend(f"{word}+vhost"))
+        if word == "user":
+            backends.append(Backend.PASST)
         if word != "vhost":
             backends.append(Backend(word))
     if not backends:
@@ -279,64 +283,3 @@ def _read_number(option: Option, key: str, text: str | None, most: int) -> int |
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= most:
         raise BadInput(f'{option.text}: {key}="{text}" is not a number from 1 to {most}')
     return int(text)
-
-
-# --- what QEMU gets -------------------------------------------------------------------------------
-
-
-def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
-    """QEMU's arguments, without the program, with every ``host`` network as what QEMU knows.
-
-    ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word.
-    """
-    made: dict[int, list[str]] = {}
-    for host in argv.hosts:
-        connection = connections[host.intent.interface]
-        made.setdefault(host.at, [])
-        if connection.combination.backend is Backend.VFIO:
-            at = host.nic.at if host.nic else host.at
-            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection).text])
-            continue
-        word = argv.options[host.at].words[0] if argv.options[host.at].name != "nic" else "-netdev"
-        made[host.at].extend([word, _tap_network(host, connection).text])
-        if host.nic:
-            name = "-device" if host.nic.at == host.at else argv.options[host.nic.at].words[0]
-            made.setdefault(host.nic.at, []).extend(
-                [name, _tap_device(host.nic, host.intent, connection).text]
-            )
-    left = {option.name for at, option in enumerate(argv.options) if at not in made}
-    left |= {Option((word,)).name for words in made.values() for word in words[::2]}
-    if argv.hosts and not left & {*NETWORKS, "nodefaults"}:
-        # Without a network on its command line QEMU makes one of its own, with a NIC.
-        made[argv.hosts[0].at][:0] = ["-nic", "none"]
-    return [word for at, option in enumerate(argv.options) for word in made.get(at, option.words)]
-
-
-def _tap_network(host: Host, connection: Connected) -> Properties:
-    fds, vhost_fds = connection.fds, connection.vhost_fds
-    if not fds:
-        raise ValueError(f"{connection.combination.text} is no connection that QEMU can be given")
-    plural = "s" if len(fds) > 1 else ""
-    network = Properties((("type", "tap"), ("id", host.intent.interface)))
-    network = network.having(f"fd{plural}", ":".join(map(str, fds)))
-    if vhost_fds:
-        network = network.having("vhost", True).having(f"vhostfd{plural}", ":".join(map(str, vhost_fds)))
-    return network
-
-
-def _tap_device(nic: Nic, intent: Intent, connection: Connected) -> Properties:
-    device = nic.properties.having(nic.mac_key, intent.mac or connection.mac)
-    if len(connection.fds) > 1 and nic.is_virtio:
-        device = device.having("mq", True)
-        if nic.driver.startswith("virtio-net-pci"):
-            # One each way for each queue, one for control, one for the configuration.
-            device = device.having("vectors", 2 * len(connection.fds) + 2)
-    return device
-
-
-def _vfio_device(host: Host, connection: Connected) -> Properties:
-    if connection.pci is None:
-        raise ValueError(f"{connection.combination.text} without a PCI address")
-    kept = host.nic.properties.only(_PCI_KEYS) if host.nic else Properties(())
-    items = (("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items)
-    return Properties(items, kept.is_json)

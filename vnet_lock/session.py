@@ -6,7 +6,8 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import Backend, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry
+from vnet_lock.journal import Entry, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.observe import read_inventory
@@ -54,11 +55,19 @@ _OF_LIBVIRT = frozenset(UseKind) - {UseKind.VFIO}
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What one request got. ``opened`` is None where somebody else (libvirt) opens the device."""
+    """What one request got; ``opened`` is None where somebody else (libvirt) opens the device.
+
+    A user network takes no claim, and has no token.
+    """
 
     assignment: Assignment
     token: str
     opened: Opened | None = None
+
+    def close(self) -> None:
+        """Let go of what it holds open, where nobody will connect to it."""
+        if self.opened:
+            self.opened.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,34 +119,44 @@ class Session:
             raise
         grants: list[Grant] = []
         try:
-            for assignment, claims in reserved:
-                opened, journal = self._open(assignment, claims[0], inventory)
+            for assignment, token in reserved:
+                opened, journal = self._open(assignment, token, inventory)
+                grants.append(Grant(assignment, token, opened))
+                if not token:
+                    continue
+                if opened:
+                    self._note_mac(token, opened.mac)
                 if not beside:
-                    self._activate(claims[0].token, journal)
+                    self._activate(token, journal)
                 elif journal:
-                    self._journal_of(claims[0].token)(journal)
-                grants.append(Grant(assignment, claims[0].token, opened))
+                    self._journal_of(token)(journal)
         except BaseException:
             # Also where a deadline or ^C cut it short: nothing may stay half-done.
-            for _, claims in reserved:
-                self._back.give(claims[0].token)
+            for grant in grants:
+                grant.close()
+            for _, token in reserved:
+                self._back.give(token)
             raise
         return tuple(grants)
 
     def activate(self, grants: Iterable[Grant]) -> None:
         """What was acquired ``beside`` is the owner's from now on, and lives as long as he does."""
         for grant in grants:
-            self._activate(grant.token, ())
+            if grant.token:
+                self._activate(grant.token, ())
 
     def connect(self, grant: Grant) -> Connection:
-        """Open what a QEMU of ours is handed for a grant; the caller owns the descriptors."""
+        """Open what a QEMU of ours is handed for a grant, once; the caller owns the descriptors."""
         combination, intent = grant.assignment.combination, grant.assignment.request
         if combination is None or grant.opened is None or not isinstance(intent, Intent):
             raise VnetLockError(f"{intent.interface}: nothing of ours to connect to")
         backend = backends.find(combination.backend)
         if backend is None:
             raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
-        connection = backend.connect(self.settings, intent, grant.opened, combination)
+        try:
+            connection = backend.connect(self.settings, intent, grant.opened, combination)
+        finally:
+            grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         return connection
 
@@ -322,18 +341,19 @@ class Session:
 
     def _reserve(
         self, owner: Owner, requests: tuple[Request, ...], beside: bool
-    ) -> tuple[Inventory, list[tuple[Assignment, list[Claim]]]]:
-        """Write the claims that the requests need, in the place of what the guest had before."""
+    ) -> tuple[Inventory, list[tuple[Assignment, str]]]:
+        """Write the claims that the requests need, in the place of what the guest had before.
 
-        def write(writer: Writer, claims: Claims, found: Plan) -> list[tuple[Assignment, list[Claim]]]:
-            reserved = [
-                (assignment, self._claims_for(owner, assignment, State.RESERVED))
-                for assignment in found.assignments
-            ]
-            writer.add(claim for _, made in reserved for claim in made)
+        Returns what each gets, with the token of its claims.
+        """
+
+        def write(writer: Writer, claims: Claims, found: Plan) -> list[tuple[Assignment, str]]:
+            made = [self._claims_for(owner, one, State.RESERVED) for one in found.assignments]
+            writer.add(claim for each in made for claim in each)
             for claim in () if beside else claims.of(owner):
                 writer.drop(claim)
-            return reserved
+            tokens = [each[0].token if each else "" for each in made]
+            return list(zip(found.assignments, tokens, strict=True))
 
         return self._decide(owner, requests, write, beside=beside)
 
@@ -402,26 +422,46 @@ class Session:
         ]
 
     def _open(
-        self, assignment: Assignment, claim: Claim, inventory: Inventory
+        self, assignment: Assignment, token: str, inventory: Inventory
     ) -> tuple[Opened | None, tuple[Entry, ...]]:
         """Do what the assignment says; what libvirt does itself is only noted, to be put right later."""
-        request, device = assignment.request, assignment.device
+        request = assignment.request
         if isinstance(request, Fixed):
-            whole = assignment.wanted[0].mode is Mode.EXCLUSIVE and device.pci is not None
-            if not whole or device.pci is None:
+            device = assignment.device
+            if assignment.wanted[0].mode is not Mode.EXCLUSIVE or device.pci is None:
                 return None, ()
             from vnet_lock.kernel.before import read_before
 
             return None, read_before(self.settings, device.pci)
         port = ports.find(assignment.combination.port) if assignment.combination else None
         if port is None:
-            raise Unsupported(f"{request.interface}: nothing here can open {device}")
-        job = Job(self.settings, inventory, assignment, request, claim.token, self._journal_of(claim.token))
-        with self._back.pf_lock(assignment.wanted[0].pf):
+            raise Unsupported(f"{request.interface}: no port of this version opens {assignment.combination}")
+        job = Job(
+            self.settings, inventory, assignment, request, token,
+            journal=self._journal_of(token), sharing=lambda: self._sharing(token),
+        )  # fmt: skip
+        with self._back.pf_lock(assignment.wanted[0].pf if assignment.wanted else None):
             opened = port.open_port(job)
         assert isinstance(opened, Opened)  # noqa: S101 - a module's function has no static type
-        self._note_mac(claim.token, opened.mac)
         return opened, ()
+
+    @contextmanager
+    def _sharing(self, token: str) -> Iterator[Callable[[Entry], Entry]]:
+        """Hold the host's lock, and journal what other claims may have in their journals, too."""
+
+        def share(entry: Entry) -> Entry:
+            key = share_key(entry)
+            with self.table.guarded() as writer:
+                claims = writer.read()
+                known = [one for claim in claims.records for one in claim.journal if share_key(one) == key]
+                entry = known[0] if known else entry
+                first = _first(claims, token)
+                if entry not in first.journal:
+                    writer.replace(replace(first, journal=(*first.journal, entry)))
+            return entry
+
+        with self._back.host_lock():
+            yield share
 
     def _journal_of(self, token: str) -> Callable[[tuple[Entry, ...]], None]:
         def journal(entries: tuple[Entry, ...]) -> None:

@@ -24,9 +24,10 @@ class Settings:
     busy_wait_s: float = 5.0
     # How long a device may take to become free (a VF's reset is seen up to 2 s late).
     free_wait_s: float = 5.0
-    # How long the guard and a PF's lock are waited for.
+    # How long the guard, a PF's lock and the host's are waited for.
     guard_wait_s: float = 5.0
     pf_wait_s: float = 20.0
+    host_wait_s: float = 20.0
 
     @classmethod
     def under(cls, root: Path | str) -> Settings:
@@ -46,6 +47,11 @@ class Settings:
     def claims_dir(self) -> str:
         """One JSON record for each claim."""
         return self.run + "/claims"
+
+    @property
+    def host_lock_path(self) -> str:
+        """The lock under which what several guests share on this host is changed."""
+        return self.run + "/host.lock"
 
     @property
     def guard_path(self) -> str:

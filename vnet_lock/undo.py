@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
+from contextlib import suppress
 from typing import assert_never
 
 from vnet_lock.errors import Vanished, VnetLockError
-from vnet_lock.journal import Driver, Entry, Link, MadeLink, VfAdmin
+from vnet_lock.journal import (
+    Driver,
+    Entry,
+    Link,
+    MadeLink,
+    SharedLink,
+    SocketFile,
+    Sysctl,
+    VfAdmin,
+    share_key,
+)
 from vnet_lock.kernel import before, pci, rtnetlink
 from vnet_lock.model import Claim, PciAddress
 from vnet_lock.settings import Settings
 
 
-def undo(settings: Settings, claim: Claim) -> list[str]:
+def undo(settings: Settings, claim: Claim, shared: Collection[str] = ()) -> list[str]:
     """Undo what the claim's journal says, the last entry first, and return what could not be undone.
 
-    A device that is gone has nothing left to undo.
+    ``shared`` has the keys of what other claims need still: that stays. A device that is gone has nothing
+    left to undo.
     """
     failures: list[str] = []
     for entry in reversed(claim.journal):
+        if share_key(entry) in shared:
+            continue
         try:
             _undo_entry(settings, entry)
         except Vanished:
@@ -35,6 +50,17 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
 
             netlink.remove_link(entry.name, entry.alias)
             nodes.remove_nodes(settings, entry.final)
+        case SharedLink():
+            from vnet_lock.kernel import netlink
+
+            netlink.remove_link(entry.name, entry.alias)
+        case Sysctl():
+            from vnet_lock.kernel import sysctl
+
+            sysctl.restore(settings, entry.name, entry.before)
+        case SocketFile():
+            with suppress(FileNotFoundError):
+                os.unlink(entry.path)
         case VfAdmin():
             _restore_vf_admin(settings, entry)
         case Driver():

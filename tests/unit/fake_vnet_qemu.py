@@ -27,6 +27,9 @@ def assignment(request: Intent, text: str, resource: Resource) -> Assignment:
 class Grant:
     assignment: Assignment
 
+    def close(self) -> None:
+        """Nothing is held open by it."""
+
 
 class Session:
     def __init__(self, folder: Path, behave: str) -> None:

@@ -19,7 +19,7 @@ TAPS = "tap tap+vhost"
 SOCKETS = "socket socket+vhost"
 # The table of DESIGN, written a second time by hand.
 LIST = {
-    "nat-socket": "user",
+    "nat-socket": "user passt",
     "nat-bridge": TAPS,
     "route-none": TAPS,
     "route-veth+macvlan": f"{TAPS} {SOCKETS}",
@@ -37,7 +37,7 @@ TEXTS = {f"{front}-{backend}" for front, backends in LIST.items() for backend in
 
 def test_all_combinations_of_the_list_exist_and_no_others() -> None:
     assert {combination.text for combination in COMBINATIONS} == TEXTS
-    assert len(COMBINATIONS) == len(TEXTS) == 41  # 37 of 2009, vfio four times
+    assert len(COMBINATIONS) == len(TEXTS) == 42  # 37 of 2009, passt, vfio four times
 
 
 @pytest.mark.parametrize("text", sorted(TEXTS))

@@ -55,7 +55,7 @@ def test_what_qemu_adds_to_a_helpers_words_is_passed_over():
         ("--protocols=tap", True, (Backend.TAP,)),
         # What has no descriptor is not even tried: a VF would be bound to VFIO and back.
         ("--protocols=vfio,tap", True, (Backend.TAP,)),
-        ("--protocols=user,vhost,tap", True, (Backend.TAP_VHOST, Backend.TAP)),
+        ("--protocols=user,vhost,tap", True, (Backend.PASST, Backend.TAP_VHOST, Backend.TAP)),
         # QEMU opens vhost-net itself here.
         ("--protocols=tap,vhost", False, (Backend.TAP,)),
         ("--protocols=socket,tap", False, (Backend.TAP,)),

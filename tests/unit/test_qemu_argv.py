@@ -8,7 +8,8 @@ import pytest
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import BadInput
 from vnet_lock.model import Intent, PciAddress
-from vnet_lock.qemu_argv import read_argv, read_protocols, rewrite
+from vnet_lock.qemu_argv import read_argv, read_protocols
+from vnet_lock.qemu_rewrite import rewrite
 from vnet_lock.qemu_words import Properties, split_options
 
 FDS = "-netdev tap,id=net0,fds=3:4,vhost=on,vhostfds=5:6"
@@ -22,6 +23,7 @@ class Connection:
     fds: tuple[int | str, ...] = ()
     vhost_fds: tuple[int | str, ...] = ()
     pci: PciAddress | None = None
+    path: str | None = None
 
 
 TAP = Connection(Combination.parse("vepa-macvlan-tap"), MAC, (3,))
@@ -213,7 +215,7 @@ def test_what_is_not_said_is_left_to_us():
         ("vfio", "vfio"),
         ("vfio:tap:vhost", "vfio tap+vhost tap"),
         ("tap:socket:vhost", "tap+vhost tap socket+vhost socket"),
-        ("user", "user"),
+        ("user", "passt user"),
         ("tap:tap", "tap"),
     ],
 )
@@ -223,7 +225,7 @@ def test_protocols_are_backends_in_their_order(text, backends):
 
 def test_vhost_is_not_tried_for_a_device_that_is_no_virtio():
     (intent,) = read_argv([*HOST.split(), "-device", "e1000,netdev=net0"]).intents
-    assert intent.backends == (Backend.TAP, Backend.SOCKET, Backend.USER)
+    assert intent.backends == (Backend.TAP, Backend.SOCKET, Backend.PASST, Backend.USER)
     hub = ["-net", "nic,model=virtio", "-net", "host,mode=vepa,dev=eth0,protocols=tap:vhost"]
     (intent,) = read_argv(hub).intents
     assert intent.backends == (Backend.TAP,)

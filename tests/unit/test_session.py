@@ -21,7 +21,7 @@ from tests.bench.fake_host import BOOT_ID, VFIO, FakeHost, routing_id
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import BadInput, Refused, VnetLockError
-from vnet_lock.journal import Driver, Link
+from vnet_lock.journal import Driver, Link, Sysctl
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.locks import guard
 from vnet_lock.model import (
@@ -857,3 +857,48 @@ def test_a_process_killed_at_the_pf_lock_leaves_a_claim_that_the_next_one_heals(
     owner = Owner(OwnerKind.QEMU, "web", read_boot_id(real.settings), process=this_process(real.settings))
     session.acquire(owner, [hostdev(vf)])
     assert held(real) == {f"vf:{vf}": "web"}
+
+
+# --- what guests share ----------------------------------------------------------------------------
+
+SETTING = "net/ipv4/conf/lo/forwarding"
+
+
+def read_setting(host: FakeHost) -> str:
+    return Path(f"{host.settings.proc}/sys/{SETTING}").read_text()
+
+
+def forward(host: FakeHost, session: Session, vf: PciAddress, owner: Owner) -> None:
+    """What a port does that needs a setting of the whole host."""
+    (grant,) = session.acquire(owner, [hostdev(vf)])
+    with session._sharing(grant.token) as share:
+        share(Sysctl(SETTING, read_setting(host)))
+        Path(f"{host.settings.proc}/sys/{SETTING}").write_text("1")
+
+
+@pytest.mark.parametrize("first_out", [WEB, DB])
+def test_what_two_guests_share_is_restored_with_the_last_to_what_was_before_the_first(
+    host: FakeHost, session: Session, first_out: int
+) -> None:
+    path = Path(f"{host.settings.proc}/sys/{SETTING}")
+    path.parent.mkdir(parents=True)
+    path.write_text("0")
+    forward(host, session, host.vfs[0], qemu(WEB))
+    forward(host, session, host.vfs[1], qemu(DB))
+    session.release(qemu(first_out))
+    assert read_setting(host) == "1"
+    session.release(qemu(WEB + DB - first_out))
+    assert read_setting(host) == "0"
+
+
+def test_what_a_dead_guest_shared_stays_until_it_is_healed(host: FakeHost, session: Session) -> None:
+    path = Path(f"{host.settings.proc}/sys/{SETTING}")
+    path.parent.mkdir(parents=True)
+    path.write_text("0")
+    forward(host, session, host.vfs[0], qemu(WEB))
+    forward(host, session, host.vfs[1], qemu(DB))
+    host.remove_process(WEB)
+    session.release(qemu(DB))
+    assert read_setting(host) == "1"
+    session.heal()
+    assert read_setting(host) == "0"

@@ -22,7 +22,8 @@ from vnet_lock.ports import load
 class Connection:
     """What one interface's words on QEMU's command line are made of.
 
-    ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone.
+    ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone, ``path``, a
+    unix socket, for socket+vhost.
     """
 
     combination: Combination
@@ -31,6 +32,12 @@ class Connection:
     vhost_fds: tuple[int, ...] = ()
     pci: PciAddress | None = None
     netdev: str | None = None
+    path: str | None = None
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All that the caller owns, in the order in which they are handed on."""
+        return (*self.fds, *self.vhost_fds)
 
 
 def find(backend: Backend) -> ModuleType | None:

@@ -146,6 +146,9 @@ def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--protocols", metavar="A:B:C", help="of tap, socket, vhost, vfio, user, in order")
     verb.add_argument("--vlan", help="a VLAN, 1 to 4094")
     verb.add_argument("--mac", help="the guest's MAC address")
+    verb.add_argument("--queues", help="how many queues")
+    verb.add_argument("--ip", action="append", help="the guest's own address, for route; again for more")
+    verb.add_argument("--dhcp", choices=("on", "off"), help="a DHCP server, for nat")
     _add_json(verb)
 
 

@@ -163,7 +163,7 @@ def _serve(settings: Settings, peer: socket.socket, intent: Intent, as_json: boo
     fds: list[int] = []
     try:
         connection = session.connect(grants[0])
-        fds += [*connection.fds, *connection.vhost_fds]
+        fds += connection.descriptors
         if not connection.fds:
             raise Unsupported(f"{connection.combination.text} has no descriptor to hand over")
         _send(peer, _message(connection) if as_json else b"\0", fds if as_json else fds[:1])
@@ -171,6 +171,7 @@ def _serve(settings: Settings, peer: socket.socket, intent: Intent, as_json: boo
     except BaseException:
         # A device isn't free while we have it open ourselves.
         _close(fds)
+        grants[0].close()
         try:
             session.give_back(grants)
         except VnetLockError as error:

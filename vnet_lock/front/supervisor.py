@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 from vnet_lock.errors import Unsupported, VnetLockError
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
 from vnet_lock.model import Owner, OwnerKind, Process, Request
-from vnet_lock.qemu_argv import QemuArgv, rewrite
+from vnet_lock.qemu_argv import QemuArgv
+from vnet_lock.qemu_rewrite import rewrite
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
         connections: dict[str, Connection] = {}
         for grant in grants:
             connection = session.connect(grant)
-            opened += (*connection.fds, *connection.vhost_fds)
+            opened += connection.descriptors
             connections[grant.assignment.request.interface] = connection
         args = rewrite(guest.argv, connections)
         if guest.argv.daemonize and not guest.argv.pidfile:
@@ -237,6 +238,8 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
         # A device isn't free while we have it open ourselves.
         for descriptor in opened:
             os.close(descriptor)
+        for grant in grants:
+            grant.close()
         try:
             session.release(owner)
         except VnetLockError as error:

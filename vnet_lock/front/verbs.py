@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 AUDIT_ERROR = 3
 REFUSED = 4
+# What plan takes in the place of a guest: the keys of -netdev host.
+_PLAN_WORDS = ("mode", "dev", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
 _WATCH_S = 1.0
 # How often a host is looked at again that changes while we look.
 _MOST_LOOKS = 5
@@ -236,12 +238,12 @@ def _dumps(value: dict[str, Any]) -> str:
 
 
 def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, tuple[Request, ...]]:
-    words = [args.mode, args.dev, args.port, args.protocols, args.vlan, args.mac]
+    words = [getattr(args, word) for word in _PLAN_WORDS]
     if args.guest is not None:
         if any(word is not None for word in words):
             raise BadInput("plan takes a GUEST.xml or --mode and --dev, not both")
         return _read_guest(settings, args.guest)
-    if args.mode is None or args.dev is None:
+    if args.mode is None:
         raise BadInput("plan needs a GUEST.xml, or --mode and --dev; see: vnet-lock plan --help")
     return None, _read_words(args)
 
@@ -250,19 +252,11 @@ def _read_words(args: Namespace) -> tuple[Request, ...]:
     """As ``-netdev host`` takes them, so that both understand the same."""
     from vnet_lock.qemu_argv import read_argv
 
-    words = {
-        "mode": [args.mode],
-        "dev": args.dev,
-        "port": [args.port],
-        "protocols": [args.protocols],
-        "vlan": [args.vlan],
-        "mac": [args.mac],
-    }
     pairs = [
         f"{key}={value.replace(',', ',,')}"
-        for key, values in words.items()
-        for value in values
-        if value is not None
+        for key in _PLAN_WORDS
+        if (given := getattr(args, key)) is not None
+        for value in (given if isinstance(given, list) else [given])
     ]
     network = ",".join(["host", "id=net0", *pairs])
     try:

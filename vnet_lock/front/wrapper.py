@@ -13,7 +13,8 @@ from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.supervisor import Guest, Lifecycle, become, print_error, run_guest
 from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, Request
 from vnet_lock.planning import error_of
-from vnet_lock.qemu_argv import QemuArgv, read_argv, rewrite
+from vnet_lock.qemu_argv import QemuArgv, read_argv
+from vnet_lock.qemu_rewrite import rewrite
 from vnet_lock.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ Exit status: QEMU's own; before it runs, 1 failed, 2 bad usage or input, 4 refus
 # What QEMU calls the machines whose kernel has another name for them.
 _TARGETS = {"i386": "i386", "i486": "i386", "i586": "i386", "i686": "i386", "arm64": "aarch64"}
 _TARGETS |= {"armv6l": "arm", "armv7l": "arm", "armv8l": "arm", "ppc64le": "ppc64", "loong64": "loongarch64"}
+# What a printed command line calls the descriptors of a backend that has some.
+_DESCRIPTORS = {
+    Backend.TAP: "tap",
+    Backend.TAP_VHOST: "tap",
+    Backend.SOCKET: "socket",
+    Backend.PASST: "passt",
+}
 
 
 class Planner(Protocol):
@@ -73,6 +81,7 @@ class Shown:
     fds: tuple[str, ...]
     vhost_fds: tuple[str, ...]
     pci: PciAddress | None
+    path: str | None
 
     @classmethod
     def of(cls, assignment: Assignment) -> Shown:
@@ -82,13 +91,15 @@ class Shown:
         assert isinstance(intent, Intent)  # noqa: S101 - a command line asks for nothing else
         name = intent.interface
         marks = [name] if intent.queues == 1 else [f"{name}.{queue}" for queue in range(intent.queues)]
-        is_vfio = combination.backend is Backend.VFIO
+        backend = combination.backend
+        noun = _DESCRIPTORS.get(backend)
         return cls(
             combination,
             intent.mac or f"<mac:{name}>",
-            () if is_vfio else tuple(f"<tap:{mark}>" for mark in marks),
-            tuple(f"<vhost:{mark}>" for mark in marks) if combination.backend is Backend.TAP_VHOST else (),
-            assignment.device.pci if is_vfio else None,
+            tuple(f"<{noun}:{mark}>" for mark in marks) if noun else (),
+            tuple(f"<vhost:{mark}>" for mark in marks) if backend is Backend.TAP_VHOST else (),
+            assignment.device.pci if backend is Backend.VFIO else None,
+            f"<vhost-user:{name}>" if backend is Backend.SOCKET_VHOST else None,
         )
 
 

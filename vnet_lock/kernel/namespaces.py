@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vnet_lock.errors import VnetLockError
+from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.processes import iterate_pids
 from vnet_lock.kernel.rtnetlink import LinkInfo, open_route_socket, read_links, read_nsid
 from vnet_lock.settings import Settings
@@ -17,7 +17,6 @@ from vnet_lock.settings import Settings
 if TYPE_CHECKING:
     from socket import socket
 
-_CLONE_NEWNET = 0x40000000
 # Kinds of devices that stand on another one. IFLA_LINK of a veth is its peer.
 _UPPER_KINDS = ("macvlan", "macvtap", "vlan", "ipvlan", "ipvtap")
 # What looking into a namespace gives that is gone by now, or that isn't ours to enter.
@@ -134,32 +133,9 @@ def _open_in(namespace: Namespace) -> socket | None:
 
 
 def _open_socket_in(path: str) -> socket:
-    """A netlink socket of another namespace.
-
-    setns(2) is for one thread only, so a thread of its own enters and ends there: whatever happens,
-    nobody else is ever in the wrong namespace. The socket stays where it was opened.
-    """
-    import ctypes  # 3 ms; os.setns comes with Python 3.12
-
-    result: list[socket | OSError] = []
+    """A netlink socket of another namespace; it stays where it was opened."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    setns = ctypes.CDLL(None, use_errno=True).setns
-
-    def enter() -> None:
-        try:
-            if setns(descriptor, _CLONE_NEWNET) != 0:
-                code = ctypes.get_errno()
-                raise OSError(code, os.strerror(code))
-            result.append(open_route_socket())
-        except OSError as error:
-            result.append(error)
-
     try:
-        thread = threading.Thread(target=enter, name="namespace")
-        thread.start()
-        thread.join()
+        return call_in(descriptor, open_route_socket)
     finally:
         os.close(descriptor)
-    if isinstance(result[0], OSError):
-        raise result[0]
-    return result[0]

@@ -11,7 +11,9 @@ The file of a port is named like its member of ``Port`` and has two functions:
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -21,20 +23,34 @@ from vnet_lock.model import Assignment, Intent, Inventory, PciAddress, Resource
 from vnet_lock.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Opened:
-    """What a port made for the guest: a link in this network namespace, or a PCI function for VFIO."""
+    """What a port made for the guest: a link, or a PCI function for VFIO; neither for a user network.
+
+    The link is in the network namespace that the descriptor ``netns`` keeps, in this one without. A
+    namespace has no name and no process: it goes with the last descriptor of it, or socket in it.
+    """
 
     netdev: str | None = None
     mac: str | None = None
     pci: PciAddress | None = None
+    netns: int | None = None
+
+    def close(self) -> None:
+        """Let go of the namespace; whoever has opened something in it keeps it."""
+        if self.netns is not None:
+            os.close(self.netns)
+            self.netns = None
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """A granted claim and what is to be done with it. No claim, no job.
 
-    ``journal`` writes entries to the claim's record; what it returned for may be changed.
+    ``journal`` writes entries to the claim's record; what it returned for may be changed. What several
+    guests share is journalled and changed inside ``with job.sharing() as share``, by ``share(entry)``: it
+    returns the entry as another guest's claim has it already, so that the last one restores what was before
+    the first.
     """
 
     settings: Settings
@@ -43,6 +59,7 @@ class Job:
     intent: Intent
     token: str
     journal: Callable[[tuple[Entry, ...]], None]
+    sharing: Callable[[], AbstractContextManager[Callable[[Entry], Entry]]]
 
     @property
     def device(self) -> Resource:

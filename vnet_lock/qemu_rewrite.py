@@ -1,0 +1,136 @@
+"""The command line that QEMU gets: every ``host`` network in it as what QEMU knows.
+
+Never looks at the host, opens or runs anything; the words come from how each network was connected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, assert_never
+
+from vnet_lock.combination import Backend, Combination
+from vnet_lock.model import Intent, PciAddress
+from vnet_lock.qemu_argv import Host, Nic, QemuArgv
+from vnet_lock.qemu_words import NETWORKS, Option, Properties
+
+# Properties that every PCI device of QEMU has: they stay when a NIC becomes vfio-pci.
+_PCI_KEYS = (
+    *("id", "bus", "addr", "busnr", "bootindex", "multifunction", "acpi-index", "rombar", "failover_pair_id"),
+)
+# Networks that -net doesn't know: they are -netdev always, and the NIC of -net is put on them by their id.
+_NETDEV_ONLY = (Backend.SOCKET, Backend.SOCKET_VHOST, Backend.PASST)
+
+
+class Connected(Protocol):
+    """How a guest's interface is connected; descriptors are numbers, or words that stand for them."""
+
+    @property
+    def combination(self) -> Combination: ...  # noqa: D102
+    @property
+    def mac(self) -> str | None: ...  # noqa: D102
+    @property
+    def fds(self) -> Sequence[int | str]: ...  # noqa: D102
+    @property
+    def vhost_fds(self) -> Sequence[int | str]: ...  # noqa: D102
+    @property
+    def pci(self) -> PciAddress | None: ...  # noqa: D102
+    @property
+    def path(self) -> str | None: ...  # noqa: D102
+
+
+def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
+    """QEMU's arguments, without the program, with every ``host`` network as what QEMU knows.
+
+    ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word.
+    """
+    made: dict[int, list[str]] = {}
+    for host in argv.hosts:
+        connection = connections[host.intent.interface]
+        made.setdefault(host.at, [])
+        if connection.combination.backend is Backend.VFIO:
+            at = host.nic.at if host.nic else host.at
+            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection).text])
+            continue
+        word = argv.options[host.at].words[0]
+        nic = host.nic
+        if argv.options[host.at].name == "net" and connection.combination.backend in _NETDEV_ONLY:
+            word = "-netdev"
+            nic = _on_netdev(host)
+        elif argv.options[host.at].name == "nic":
+            word = "-netdev"
+        made[host.at].extend([*_chardev(host, connection), word, network(host.intent, connection).text])
+        if nic:
+            name = "-device" if nic.at == host.at else argv.options[nic.at].words[0]
+            made.setdefault(nic.at, []).extend([name, _device(nic, host.intent, connection).text])
+    left = {option.name for at, option in enumerate(argv.options) if at not in made}
+    left |= {Option((word,)).name for words in made.values() for word in words[::2]}
+    if argv.hosts and not left & {*NETWORKS, "nodefaults"}:
+        # Without a network on its command line QEMU makes one of its own, with a NIC.
+        made[argv.hosts[0].at][:0] = ["-nic", "none"]
+    return [word for at, option in enumerate(argv.options) for word in made.get(at, option.words)]
+
+
+def network(intent: Intent, connection: Connected) -> Properties:
+    """What stands behind -netdev for one network; ValueError where its connection has not what that takes."""
+    fds, vhost_fds = connection.fds, connection.vhost_fds
+    name, backend = ("id", intent.interface), connection.combination.backend
+    if len(fds) < {Backend.USER: 0, Backend.SOCKET_VHOST: 0}.get(backend, 1):
+        raise ValueError(f"{connection.combination.text} is no connection that QEMU can be given")
+    many = "s" if len(fds) > 1 else ""
+    match backend:
+        case Backend.TAP | Backend.TAP_VHOST:
+            made = Properties((("type", "tap"), name, (f"fd{many}", ":".join(map(str, fds)))))
+            if vhost_fds:
+                made = made.having("vhost", True).having(f"vhostfd{many}", ":".join(map(str, vhost_fds)))
+            return made
+        case Backend.SOCKET:
+            return Properties((("type", "dgram"), name, ("local.type", "fd"), ("local.str", fds[0])))
+        case Backend.SOCKET_VHOST:
+            made = Properties((("type", "vhost-user"), name, ("chardev", _chardev_id(intent))))
+            return made.having("queues", intent.queues if intent.queues > 1 else None)
+        case Backend.PASST:
+            return Properties((("type", "stream"), name, ("addr.type", "fd"), ("addr.str", fds[0])))
+        case Backend.USER:
+            return Properties((("type", "user"), name))
+        case Backend.VFIO:
+            raise ValueError("a device of VFIO is no network")
+        case _ as never:
+            assert_never(never)
+
+
+def _chardev(host: Host, connection: Connected) -> list[str]:
+    """What a network needs before it on the command line: for vhost-user, the way to its back-end."""
+    if connection.path is None:
+        return []
+    items = (("backend", "socket"), ("id", _chardev_id(host.intent)), ("path", connection.path))
+    return ["-chardev", Properties(items).text]
+
+
+def _chardev_id(intent: Intent) -> str:
+    return f"{intent.interface}-vhost"
+
+
+def _on_netdev(host: Host) -> Nic | None:
+    """The NIC of a -net, taken from QEMU's hub to the network itself."""
+    if host.nic is None:
+        return None
+    nic = host.nic
+    return Nic(nic.at, nic.driver, nic.properties.having("netdev", host.intent.interface), nic.mac_key)
+
+
+def _device(nic: Nic, intent: Intent, connection: Connected) -> Properties:
+    device = nic.properties.having(nic.mac_key, intent.mac or connection.mac)
+    if intent.queues > 1 and nic.is_virtio:
+        device = device.having("mq", True)
+        if nic.driver.startswith("virtio-net-pci"):
+            # One each way for each queue, one for control, one for the configuration.
+            device = device.having("vectors", 2 * intent.queues + 2)
+    return device
+
+
+def _vfio_device(host: Host, connection: Connected) -> Properties:
+    if connection.pci is None:
+        raise ValueError(f"{connection.combination.text} without a PCI address")
+    kept = host.nic.properties.only(_PCI_KEYS) if host.nic else Properties(())
+    items = (("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items)
+    return Properties(items, kept.is_json)
