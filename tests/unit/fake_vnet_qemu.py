@@ -15,6 +15,7 @@ from vnet_lock.backends import Connection
 from vnet_lock.combination import Combination
 from vnet_lock.errors import Refused, VnetLockError
 from vnet_lock.front import wrapper
+from vnet_lock.front.command import serve
 from vnet_lock.model import Assignment, Intent, Mode, Owner, Resource, Wanted
 from vnet_lock.settings import DEFAULT
 
@@ -75,11 +76,8 @@ class Session:
 def main() -> int:
     folder, behave = Path(sys.argv[1]), sys.argv[2]
     settings = replace(DEFAULT, run=str(folder))
-    try:
-        return wrapper.run(sys.argv[3:], settings, lambda: Session(folder, behave), lambda: None)
-    except VnetLockError as error:
-        print(f"vnet-qemu: {error}", file=sys.stderr)
-        return error.exit_code
+    words, session = sys.argv[3:], lambda: Session(folder, behave)
+    return serve("vnet-qemu", lambda: wrapper.run(words, settings, session, lambda: None))
 
 
 if __name__ == "__main__":

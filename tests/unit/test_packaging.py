@@ -22,8 +22,7 @@ VERBS = ("status", "show", "plan", "claim", "release", "gc", "vfs", "hooks")
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
-    with pytest.raises(SystemExit):
-        main([verb, "--help"])
+    main([verb, "--help"])
     return set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
 
 
@@ -44,8 +43,7 @@ def complete(line: str, tmp_path: Path) -> list[str]:
 
 
 def test_all_verbs_are_known_to_man_page_and_completion(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
+    main(["--help"])
     shown = re.findall(r"^    ([a-z]+) ", capsys.readouterr().out, re.MULTILINE)
     assert tuple(shown) == VERBS
     assert set(complete("vnet-lock ", tmp_path)) == {*VERBS, "--version", "--help"}

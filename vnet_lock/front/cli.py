@@ -1,76 +1,28 @@
-"""The command vnet-lock: its arguments, exit codes and the one place that turns errors into them.
-
-What the verbs do is in front/verbs.py. Prints no traceback but for a bug of ours.
-"""
+"""The command vnet-lock: its arguments. What the verbs do is in front/verbs.py."""
 
 from __future__ import annotations
 
 import argparse  # 10 ms; no hook loads this module
-import os
 import sys
 from collections.abc import Callable, Sequence
-from errno import EDQUOT, EFBIG, EIO, ENOSPC
 
 from vnet_lock.combination import Policy, Port
-from vnet_lock.errors import VnetLockError
+from vnet_lock.front.command import serve
 from vnet_lock.model import Resource
 from vnet_lock.settings import DEFAULT, Settings
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-BROKEN_PIPE = 141  # 128 + SIGPIPE
-
 
 def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:
-    """Run one command and return its exit code; argparse exits by itself with 2 on bad usage."""
-    _require_streams()
-    try:
+    """Run one command and return its exit code."""
+
+    def run() -> int:
         args = _parser().parse_args(argv)
         from vnet_lock.front import verbs
 
-        run: Callable[[Settings, argparse.Namespace], int] = getattr(verbs, args.verb)
-        code = run(settings, args)
-        sys.stdout.flush()
-    except VnetLockError as error:
-        return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Who read our output has enough of it.
-        _drop_output()
-        return BROKEN_PIPE
-    except PermissionError as error:
-        return _fail(
-            f"{error.filename or 'the kernel'}: {error.strerror}; run as root", VnetLockError.exit_code
-        )
-    except OSError as error:
-        if error.errno not in (ENOSPC, EIO, EFBIG, EDQUOT) or error.filename is not None:
-            raise
-        _drop_output()
-        return _fail(f"cannot write the output: {error.strerror}", VnetLockError.exit_code)
-    return code
+        perform: Callable[[Settings, argparse.Namespace], int] = getattr(verbs, args.verb)
+        return perform(settings, args)
 
-
-def _require_streams() -> None:
-    """Put /dev/null where we were started without a standard input, output or error."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            fd = os.open(os.devnull, os.O_RDWR)
-            if fd != number:
-                os.dup2(fd, number)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
-
-
-def _drop_output() -> None:
-    """What is still buffered must not fail at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str, code: int) -> int:
-    """One line on stderr, whatever a name in it contains."""
-    line = " ".join(message.split())
-    shown = "".join(each if each.isprintable() else "?" for each in line)
-    print(f"vnet-lock: {shown}", file=sys.stderr)
-    return code
+    return serve("vnet-lock", run)
 
 
 def _parser() -> argparse.ArgumentParser:

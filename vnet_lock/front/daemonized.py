@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vnet_lock.errors import VnetLockError
-from vnet_lock.front.supervisor import ENDING, Lifecycle, print_error
+from vnet_lock.front.command import print_error
+from vnet_lock.front.supervisor import ENDING, PROGRAM, Lifecycle
 from vnet_lock.kernel.processes import is_alive, read_lock_holder, read_process
 from vnet_lock.model import Owner, Process
 from vnet_lock.settings import Settings
@@ -51,7 +52,7 @@ class Handing:
                 session.hand_over(old, replace(old, process=daemon))
                 os.write(result_write, f"{daemon.pid} {daemon.start_ticks}".encode())
         except VnetLockError as error:
-            print_error(error)
+            print_error(PROGRAM, error)
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:

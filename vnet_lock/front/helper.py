@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.combination import Backend, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
+from vnet_lock.front.command import print_error, serve
 from vnet_lock.model import Intent, Owner, OwnerKind
 from vnet_lock.settings import DEFAULT, Settings
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from vnet_lock.backends import Connection
 
+_PROGRAM = "qemu-net-helper"
 _USAGE = """\
 usage: qemu-net-helper --mode=MODE --dev=DEVICE [OPTIONS] (--socketpair=FD | --fd=FD)
 
@@ -47,13 +49,8 @@ _MOST_FDS = 253
 
 def main(args: Sequence[str] | None = None) -> int:
     """Serve one request; 0 only if the descriptors were sent (or help was all that was asked for)."""
-    try:
-        return run(sys.argv[1:] if args is None else args, DEFAULT)
-    except VnetLockError as error:
-        _print_error(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
+    words = sys.argv[1:] if args is None else args
+    return serve(_PROGRAM, lambda: run(words, DEFAULT))
 
 
 def run(args: Sequence[str], settings: Settings) -> int:
@@ -175,12 +172,14 @@ def _serve(settings: Settings, peer: socket.socket, intent: Intent, as_json: boo
         try:
             session.give_back(grants)
         except VnetLockError as error:
-            _print_error(error)
+            print_error(_PROGRAM, error)
         raise
     _close(fds)
     if not (as_json or intent.mac or connection.combination.port is Port.BRIDGE):
         # This protocol has no word for it, and a macvtap hears nothing that is for another MAC.
-        _print_error(f"the guest's device needs mac={connection.mac}; or choose one for both by --mac=")
+        print_error(
+            _PROGRAM, f"the guest's device needs mac={connection.mac}; or choose one for both by --mac="
+        )
 
 
 def _close(fds: list[int]) -> None:
@@ -265,10 +264,3 @@ def _send_error(peer: socket.socket, error: BaseException) -> None:
         peer.sendall(json.dumps(message).encode() + b"\n")
     except OSError:
         return  # the exit code says it, too
-
-
-def _print_error(error: VnetLockError | str) -> None:
-    try:
-        print(f"qemu-net-helper: {error}", file=sys.stderr, flush=True)
-    except OSError:
-        return  # nobody listens; the exit code says it, too

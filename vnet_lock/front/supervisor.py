@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.errors import Unsupported, VnetLockError
+from vnet_lock.front.command import print_error
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
 from vnet_lock.model import Owner, OwnerKind, Process, Request
 from vnet_lock.qemu_argv import QemuArgv
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from vnet_lock.backends import Connection
     from vnet_lock.session import Grant
 
+PROGRAM = "vnet-qemu"
 # Passed on to QEMU when somebody sends them to us. Those of the terminal (^C, ^\, a hang-up, a new size) it
 # gets itself, being in the same foreground process group; ^Z stops us both, as the shell wants it.
 _PASSED_ON = (
@@ -131,7 +133,7 @@ def _release(open_session: Callable[[], Lifecycle], owner: Owner, status: int) -
     except VnetLockError as error:
         if status == 0:
             raise
-        print_error(error)
+        print_error(PROGRAM, error)
 
 
 def _end_like(status: int) -> int:
@@ -148,11 +150,6 @@ def _end_like(status: int) -> int:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
     return 128 + number
-
-
-def print_error(error: VnetLockError) -> None:
-    """One line for the user."""
-    print(f"vnet-qemu: {error}", file=sys.stderr, flush=True)
 
 
 # --- the child ------------------------------------------------------------------------------------
@@ -197,7 +194,7 @@ def _run_child(body: Callable[[], NoReturn], report: int) -> NoReturn:
         body()
     except VnetLockError as error:
         os.write(report, b"!")
-        print_error(error)
+        print_error(PROGRAM, error)
         code = error.exit_code
     except _Interrupted as interrupted:
         signal.signal(interrupted.number, signal.SIG_DFL)
@@ -243,7 +240,7 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
         try:
             session.release(owner)
         except VnetLockError as error:
-            print_error(error)
+            print_error(PROGRAM, error)
         raise
 
 

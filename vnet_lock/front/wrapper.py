@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.combination import Backend, Combination
-from vnet_lock.errors import BadInput, Unsupported, VnetLockError
-from vnet_lock.front.supervisor import Guest, Lifecycle, become, print_error, run_guest
+from vnet_lock.errors import BadInput, Unsupported
+from vnet_lock.front.command import serve
+from vnet_lock.front.supervisor import PROGRAM, Guest, Lifecycle, become, run_guest
 from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, Request
 from vnet_lock.planning import error_of
 from vnet_lock.qemu_argv import QemuArgv, read_argv
@@ -104,26 +105,15 @@ class Shown:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run or show a command line; the exit status of DESIGN's contract, or QEMU's own."""
+    """Run or show a command line; the exit status of the usage, or QEMU's own."""
 
     def open_session() -> Session:
         from vnet_lock.session import Session  # filelock, and pyroute2 where links are made: 0.3 s, 25 MB
 
         return Session(DEFAULT)
 
-    try:
-        status = run(sys.argv[1:] if args is None else args, DEFAULT, open_session, open_session)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return status
-    except BrokenPipeError:  # who read our output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 141
-    except VnetLockError as error:
-        print_error(error)
-        return error.exit_code
-    except KeyboardInterrupt:  # before there was anything to end
-        return 130
+    words = sys.argv[1:] if args is None else args
+    return serve(PROGRAM, lambda: run(words, DEFAULT, open_session, open_session))
 
 
 def run(
