@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vnet_lock.kernel.kinship import Kinship
+from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.marks import read_mark
-from vnet_lock.kernel.processes import is_alive, is_owner_alive
 from vnet_lock.model import Claim, Claims, Inventory, Mode, Owner, Resource, State, User, Wanted
 from vnet_lock.planning import name_of
 from vnet_lock.rules import conflict, holder_text
@@ -92,7 +92,7 @@ def audit(
 
 
 class _Auditor:
-    """One pass. Liveness is read once for each owner, and all lookups are by dict: there may be thousands."""
+    """One pass. All lookups are by dict: there may be thousands."""
 
     def __init__(
         self, settings: Settings, inventory: Inventory, claims: Claims, devices: Collection[str] | None
@@ -100,7 +100,7 @@ class _Auditor:
         self.settings = settings
         self.inventory = inventory
         self.kinship = Kinship(settings)
-        self.alive: dict[Owner, bool] = {}
+        self.liveness = Liveness(settings)
         self.findings: list[Finding] = []
         self.known = dict.fromkeys(self._resources())
         self.damaged = claims.damaged
@@ -112,6 +112,9 @@ class _Auditor:
             asked = devices is None or claim.resource.name in devices
             if asked or claim.resource in self.known or claim.pf in pfs:
                 self.claims[claim.resource].append(claim)
+        tokens = {claim.token for found in self.claims.values() for claim in found}
+        whole = tuple(claim for claim in claims.records if claim.token in tokens)
+        self.stale = frozenset(self.liveness.stale(Claims(whole)))
 
     def audit(self) -> Audit:
         disputed = self._find_conflicts()
@@ -125,19 +128,11 @@ class _Auditor:
         self._find_same_macs()
         everything = [claim for claims in self.claims.values() for claim in claims]
         pids = {claim.owner: self.kinship.guest_pid(claim.owner) for claim in everything}
-        stale = frozenset(claim.token for claim in everything if not self.lives(claim))
-        return Audit(self.inventory, states, tuple(self.findings), pids, stale)
+        return Audit(self.inventory, states, tuple(self.findings), pids, self.stale)
 
     def lives(self, claim: Claim) -> bool:
         """Whether somebody will still give this claim back; what session.heal takes away doesn't live."""
-        if claim.worker is not None and is_alive(self.settings, claim.worker):
-            return True
-        return claim.state is State.ACTIVE and self._owner_lives(claim.owner)
-
-    def _owner_lives(self, owner: Owner) -> bool:
-        if owner not in self.alive:
-            self.alive[owner] = is_owner_alive(self.settings, owner)
-        return self.alive[owner]
+        return claim.token not in self.stale
 
     def _resources(self) -> Iterator[Resource]:
         functions = set()
@@ -229,7 +224,7 @@ class _Auditor:
                 if self.lives(claim):
                     continue
                 why = "which is dead"
-                if self._owner_lives(claim.owner):
+                if self.liveness.is_owner_alive(claim.owner):
                     why = f"but what was working on it died (it is {claim.state})"
                 message = (
                     f"{name_of(resource)} is claimed by {claim.owner.text}, {why}; "

@@ -14,9 +14,10 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import Refused, VnetLockError
 from vnet_lock.journal import MadeLink, share_key
 from vnet_lock.kernel import processes
+from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import guard
-from vnet_lock.model import Claim, Claims, Mode, PciAddress, Process, State, UseKind
+from vnet_lock.model import Claim, Mode, PciAddress, Process, State, UseKind
 from vnet_lock.planning import name_of
 from vnet_lock.settings import Settings
 from vnet_lock.undo import undo
@@ -69,26 +70,7 @@ class GivingBack:
     def heal(self, token: str) -> list[str]:
         """Give back what is stale, if it is so still; return what could not be done."""
         # A process that is dead holds nothing any more: what is held still is held by another.
-        return self.give(token, wait_s=_HEAL_WAIT_S, still=self.is_stale)
-
-    def stale(self, claims: Claims) -> dict[str, tuple[Claim, ...]]:
-        """The claims of each interface that nobody will give back any more, by their token."""
-        found: dict[str, tuple[Claim, ...]] = {}
-        for claim in claims.records:
-            found[claim.token] = (*found.get(claim.token, ()), claim)
-        return {token: each for token, each in found.items() if self.is_stale(each)}
-
-    def is_stale(self, claims: tuple[Claim, ...]) -> bool:
-        """Whether nobody will give one interface's claims back any more."""
-        workers = {claim.worker for claim in claims if claim.worker}
-        if any(processes.is_alive(self._settings, worker) for worker in workers):
-            return False
-        # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
-        if any(claim.state is not State.ACTIVE for claim in claims):
-            return True
-        # Who was killed while handing over left two owners.
-        owners = {claim.owner for claim in claims}
-        return not any(processes.is_owner_alive(self._settings, owner) for owner in owners)
+        return self.give(token, wait_s=_HEAL_WAIT_S, still=Liveness(self._settings).is_stale)
 
     def wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""

@@ -20,6 +20,7 @@ from vnet_lock.giving_back import GivingBack
 from vnet_lock.journal import Entry, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.kinship import Kinship
+from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import (
     Assignment,
@@ -93,7 +94,7 @@ class Session:
         """What would be done now; changes nothing."""
         requests = tuple(requests)
         claims = self.table.read()
-        stale = frozenset(self._back.stale(claims))
+        stale = frozenset(Liveness(self.settings).stale(claims))
         situation = self._situation(self._observe(requests), owner, requests)
         return plan(requests, replace(situation, claims=claims, stale=stale))
 
@@ -243,9 +244,10 @@ class Session:
                 obstacle = situation.obstacle(_wanted_for(inventory, resource, Mode.EXCLUSIVE))
                 raise Refused(obstacle.message if obstacle else record.reason, resource=resource.text)
         failures: list[str] = []
+        stale = Liveness(self.settings).stale(claims)
         for claim in claims.on(resource):
             by_hand = claim.owner.kind is OwnerKind.PROCESS
-            if not force and not by_hand and not self._back.is_stale(claims.with_token(claim.token)):
+            if not force and not by_hand and claim.token not in stale:
                 obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
                 message = (
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
@@ -261,7 +263,7 @@ class Session:
 
     def heal(self, dry_run: bool = False) -> list[Healed]:
         """Undo and drop the claims whose owner is proven dead, and those left half given back."""
-        stale = self._back.stale(self.table.read())
+        stale = Liveness(self.settings).stale(self.table.read())
         if dry_run:
             return [Healed(claims) for claims in stale.values()]
         if not stale and self.table.has_leftover():

@@ -15,6 +15,7 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Claim, Mode, OwnerKind, PciAddress, Process, Resource, State
+from vnet_lock.session import Session
 
 PF = PciAddress.parse("0000:01:00.0")
 TOKEN, OTHER_TOKEN = "a" * 16, "b" * 16
@@ -93,6 +94,28 @@ def test_a_reserved_claim_whose_worker_died_is_stale_while_its_owner_lives(host)
     found = look(host)
     assert found.state_of(Resource.vf(vf)).standing is Standing.STALE
     assert "what was working on it died" in found.findings[0].message
+
+
+@pytest.mark.parametrize("worker_lives", [True, False])
+@pytest.mark.parametrize("owner_lives", [True, False])
+@pytest.mark.parametrize("states", [("active", "active"), ("reserved", "active"), ("active", "releasing")])
+def test_what_is_shown_as_stale_is_what_would_be_healed(host, states, owner_lives, worker_lives):
+    """Whoever is killed between two records of one interface leaves them in different states."""
+    vfs = host.add_pf("0000:01:00.0", "eth0", ["igbvf", "igbvf"])
+    if owner_lives:
+        host.add_process(50)
+    if worker_lives:
+        host.add_process(51, "vnet-lock")
+    for vf, state in zip(vfs, map(State, states), strict=True):
+        worker = None if state is State.ACTIVE else Process(51, 4242)
+        host.claim(claim(host, Resource.vf(vf), 50, state=state, worker=worker))
+    host.add_process(os.getpid(), "pytest")
+    found = look(host)
+    healed = {one.token for each in Session(host.settings).heal(dry_run=True) for one in each.claims}
+    assert found.stale == healed
+    assert [found.state_of(Resource.vf(vf)).standing is Standing.STALE for vf in vfs] == [bool(healed)] * 2
+    unfinished = states != ("active", "active")
+    assert bool(healed) is not (worker_lives if unfinished else owner_lives)
 
 
 def test_a_vf_in_use_without_a_claim_is_foreign_and_its_pid_is_named(host):

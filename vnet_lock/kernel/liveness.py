@@ -1,0 +1,42 @@
+"""Whether anybody will still give claims back: one judgement for who shows claims and for who heals them.
+
+Says that nobody will only on proof; reads only.
+"""
+
+from __future__ import annotations
+
+from vnet_lock.kernel.processes import is_alive, is_owner_alive
+from vnet_lock.model import Claim, Claims, Owner, State
+from vnet_lock.settings import Settings
+
+
+class Liveness:
+    """Remembers what it read of owners, of whom there may be thousands: make one for each judgement."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._owners: dict[Owner, bool] = {}
+
+    def is_owner_alive(self, owner: Owner) -> bool:
+        """Whether an owner may still use what it claimed."""
+        if owner not in self._owners:
+            self._owners[owner] = is_owner_alive(self._settings, owner)
+        return self._owners[owner]
+
+    def stale(self, claims: Claims) -> dict[str, tuple[Claim, ...]]:
+        """The claims of each interface that nobody will give back any more, by their token."""
+        found: dict[str, tuple[Claim, ...]] = {}
+        for claim in claims.records:
+            found[claim.token] = (*found.get(claim.token, ()), claim)
+        return {token: each for token, each in found.items() if self.is_stale(each)}
+
+    def is_stale(self, claims: tuple[Claim, ...]) -> bool:
+        """Whether nobody will give one interface's claims back any more."""
+        workers = {claim.worker for claim in claims if claim.worker}
+        if any(is_alive(self._settings, worker) for worker in workers):
+            return False
+        # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
+        if any(claim.state is not State.ACTIVE for claim in claims):
+            return True
+        # Who was killed while handing over left two owners.
+        return not any(self.is_owner_alive(claim.owner) for claim in claims)
