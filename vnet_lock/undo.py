@@ -134,7 +134,9 @@ def _restore_link(settings: Settings, saved: Link) -> None:
 def _restore_mac(settings: Settings, saved: Link, netdev: str) -> str:
     """Give a device its own MAC back, and return its name afterwards.
 
-    A VF whose PF has set its MAC may not change it; it takes the PF's when its driver is bound anew.
+    A VF whose PF has set its MAC may not change it while it isn't trusted (igb, for one): it takes the PF's
+    when its driver is bound anew. That is its own again, unless the PF was told of another after the driver
+    was bound; then it has that one now, as after any start of its driver.
     """
     from vnet_lock.kernel import netlink
 
@@ -143,14 +145,20 @@ def _restore_mac(settings: Settings, saved: Link, netdev: str) -> str:
     except Vanished:
         raise
     except VnetLockError:
-        if not os.path.exists(f"{settings.sys}/bus/pci/devices/{saved.device}/physfn"):
+        address = PciAddress.parse(saved.device) if ":" in saved.device else None
+        admin = before.read_vf_admin(settings, address) if address else None
+        if address is None or admin is None:
             raise
-        address = PciAddress.parse(saved.device)
-        driver = pci.read_driver(settings, address)
-        pci.bind_driver(settings, address, None)
-        pci.bind_driver(settings, address, driver)
-        netdev = before.wait_for_netdev(settings, address, saved.name)
-        now = before.read_link(settings, saved.device, netdev)
-        if now is None or now.mac != saved.mac:
-            raise
+        if not _has_mac(settings, netdev, saved.device, admin.mac):
+            driver = pci.read_driver(settings, address)
+            pci.bind_driver(settings, address, None)
+            pci.bind_driver(settings, address, driver)
+            netdev = before.wait_for_netdev(settings, address, saved.name)
+            if not _has_mac(settings, netdev, saved.device, admin.mac):
+                raise
     return netdev
+
+
+def _has_mac(settings: Settings, netdev: str, device: str, mac: str) -> bool:
+    now = before.read_link(settings, device, netdev)
+    return now is not None and now.mac == mac

@@ -33,7 +33,7 @@ def read_before(settings: Settings, pci: PciAddress) -> tuple[Entry, ...]:
             pci.text, pci_kernel.read_driver(settings, pci), pci_kernel.read_driver_override(settings, pci)
         )
     )
-    admin = _read_vf_admin(settings, pci)
+    admin = read_vf_admin(settings, pci)
     entries += [admin] if admin else []
     return tuple(entries)
 
@@ -100,7 +100,7 @@ def _read_addr_gen_mode(settings: Settings, netdev: str) -> int | None:
         return None
 
 
-def _read_vf_admin(settings: Settings, pci: PciAddress) -> VfAdmin | None:
+def read_vf_admin(settings: Settings, pci: PciAddress) -> VfAdmin | None:
     """A VF's settings as its PF has them; None for what is no VF, or where the PF doesn't tell."""
     device = f"{settings.sys}/bus/pci/devices/{pci.text}"
     try:
