@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.bench.row import Row
-from tests.unit.fake_host import FakeHost
+from tests.fake_host import FakeHost
 from vnet_lock.front import hooks_install
 from vnet_lock.settings import Settings
 
@@ -161,7 +161,7 @@ def _hook(settings: Settings) -> str:
 def _fake_host() -> Iterator[Settings]:
     """Two free VFs in files, the real /proc, and an installed hook."""
     with tempfile.TemporaryDirectory(prefix="vnet-lock-bench-") as root:
-        host = FakeHost(Path(root))
+        host = FakeHost(root)
         vfs = ("0000:01:10.0", "0000:01:10.2")
         host.pf("0000:01:00.0", vfs=vfs, driver="vfio-pci")
         for group, vf in enumerate(vfs):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from tests.bench.fake_host import VFIO, FakeHost
 from tests.bench.row import Row
+from tests.fake_host import VFIO, FakeHost
 from vnet_lock.model import Claim, Mode, PciAddress, Resource, State
 from vnet_lock.settings import Settings
 

@@ -11,12 +11,15 @@ import ctypes
 import errno
 import os
 import re
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+
+from tests.kernel.host import Host
 
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -94,6 +97,18 @@ def macvtap_works(veth: tuple[str, str], ip: Callable[[str], str]) -> None:
     )
     need(tried.returncode == 0, "macvtap")
     ip("link del probe0")
+
+
+@pytest.fixture
+def host(ip: Callable[[str], str], macvtap_works: None) -> Host:
+    """A host for whole commands: a veth pair up0-peer0 and a bridge br0, all up."""
+    del macvtap_works
+    need(shutil.which("qemu-system-x86_64"), "qemu-system-x86_64")
+    ip("link add up0 type veth peer name peer0")
+    ip("link add br0 type bridge")
+    for link in ("up0", "peer0", "br0"):
+        ip(f"link set {link} up")
+    return Host()
 
 
 def _enter(namespace: int) -> None:

@@ -15,16 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.test_wrapper import MAC, NIC, QEMU, RUN, VNET_QEMU, Host, children_of, eventually, host
+from tests.kernel.host import LINKS, MAC, NIC, QEMU, RUN, VNET_LOCK, VNET_QEMU, Host, children_of, eventually
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.model import Owner, OwnerKind
 from vnet_lock.qemu_argv import read_argv
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 
-__all__ = ["host"]  # a fixture
-
-VNET_LOCK = str(Path(sys.executable).with_name("vnet-lock"))
 # For each of the networks; by lines, below, nothing is left to chance.
 ROUNDS = 9
 NETS = {
@@ -66,9 +63,7 @@ def leftovers(host: Host) -> list[str]:
     """What is there that shouldn't be, in words."""
     found = [f"in claims: {path.name} {path.read_text()}" for path in RUN.glob("claims/*")]
     found += [f"file {path.name}" for path in RUN.glob("*") if path.name not in ("claims", "guard")]
-    found += [
-        f"link {name}" for name in host.links() if name not in {"br0", "lo", "peer0", "up0", "v0", "v1"}
-    ]
+    found += [f"link {name}" for name in host.links() if name not in LINKS]
     return found + [f"node {path}" for path in Path("/dev").glob(".vnet-lock-*")]
 
 

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import random
-import shutil
 import socket
 import struct
 import subprocess
@@ -19,57 +18,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.conftest import need
-from tests.kernel.test_wrapper import LINKS, MAC, QEMU, RUN, Host, eventually
+from tests.kernel.host import HELPER, LINKS, MAC, QEMU, RUN, eventually
 
-HELPER = str(Path(sys.executable).with_name("qemu-net-helper"))
-VNET_LOCK = str(Path(sys.executable).with_name("vnet-lock"))
 TUNGETIFF = 0x800454D2  # include/uapi/linux/if_tun.h
 KEYS = {"version", "combination", "ifname", "ifindex", "mac", "features", "fds", "qemu"}
-
-
-class HelpedHost(Host):
-    """A host with a program that calls the helper."""
-
-    def helper(self, line: str, end: socket.socket | None = None, **more) -> subprocess.CompletedProcess[str]:
-        """The helper; FD in the line is the number of ``end``."""
-        with self.helping(line, end, **more) as process:
-            out, err = process.communicate(timeout=60)
-            return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-    @contextlib.contextmanager
-    def helping(self, line: str, end: socket.socket | None = None, **more) -> Iterator[subprocess.Popen[str]]:
-        words = [HELPER, *(line.replace("FD", str(end.fileno())) if end else line).split()]
-        with subprocess.Popen(
-            words,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            pass_fds=[end.fileno()] if end else [],
-            **more,
-        ) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    def gc(self) -> None:
-        subprocess.run([VNET_LOCK, "gc"], check=True, capture_output=True)
-
-    @contextlib.contextmanager
-    def plain_qemu(self, *nets: str, monitor: str) -> Iterator[subprocess.Popen[str]]:
-        """A QEMU that knows nothing of us but the helper's command line."""
-        words = [*QEMU.split(), "-monitor", f"unix:{monitor},server=on,wait=off"]
-        for number, net in enumerate(nets):
-            words += ["-netdev", net, "-device", f"virtio-net-pci,netdev=n{number}"]
-        with subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
 
 
 @dataclass
@@ -102,17 +54,6 @@ def pair(kind: int = socket.SOCK_STREAM) -> Iterator[tuple[Receiver, socket.sock
             yield receiver, theirs
         finally:
             receiver.close_fds()
-
-
-@pytest.fixture
-def host(ip, macvtap_works):
-    del macvtap_works
-    need(shutil.which("qemu-system-x86_64"), "qemu-system-x86_64")
-    ip("link add up0 type veth peer name peer0")
-    ip("link add br0 type bridge")
-    for link in ("up0", "peer0", "br0"):
-        ip(f"link set {link} up")
-    return HelpedHost()
 
 
 def ask(monitor: Path, line: str) -> str:

@@ -3,112 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pty
 import re
 import shlex
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.kernel.conftest import need
+from tests.kernel.host import (
+    MAC,
+    NET,
+    NIC,
+    QEMU,
+    RUN,
+    VNET_QEMU,
+    Host,
+    children_of,
+    eventually,
+    is_running,
+    read_bytes,
+)
 from tests.lab import guest
-
-VNET_QEMU = str(Path(sys.executable).with_name("vnet-qemu"))
-RUN = Path("/run/vnet-lock")
-LINKS = ["br0", "lo", "peer0", "up0", "v0", "v1"]
-# A machine that does nothing: its CPU is stopped, so it costs no time of the host's.
-QEMU = "qemu-system-x86_64 -accel tcg -M q35 -m 32 -display none -S"
-NET = "-netdev host,id=net0,mode=vepa,dev=up0"
-NIC = "-device virtio-net-pci,netdev=net0"
-MAC = "52:54:00:00:00:01"
-
-
-class Host:
-    """The test's namespaces, with a veth pair up0-peer0, a bridge br0 and a /run of its own."""
-
-    def qemu(self, line: str, **more) -> subprocess.CompletedProcess[str]:
-        """A vnet-qemu that ends by itself."""
-        words = [VNET_QEMU, *shlex.split(line)]
-        more = {"capture_output": True, "timeout": 60, **more}
-        return subprocess.run(words, text=True, check=False, **more)
-
-    @contextlib.contextmanager
-    def running(self, line: str) -> Iterator[subprocess.Popen[str]]:
-        """A vnet-qemu in the background, killed with its QEMU at the end."""
-        words = [VNET_QEMU, *shlex.split(line)]
-        with subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                yield process
-            finally:
-                for pid in [*children_of(process.pid), process.pid]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
-
-    def claims(self) -> list[dict]:
-        return [json.loads(path.read_text()) for path in RUN.glob("claims/*.json")]
-
-    def links(self) -> list[str]:
-        return sorted(os.listdir("/sys/class/net"))
-
-    def macvtaps(self) -> list[dict]:
-        return json.loads(subprocess.check_output(["ip", "-j", "-d", "link", "show", "type", "macvtap"]))
-
-    def is_clean(self) -> bool:
-        """Nothing claimed, nothing made, nothing left in /run but what stays empty."""
-        left = {path.name for path in RUN.glob("*")}
-        return not self.claims() and self.links() == LINKS and left <= {"claims", "guard"}
-
-
-def children_of(pid: int) -> list[int]:
-    try:
-        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return b""
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def eventually(find, timeout_s: float = 20.0):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := find():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it never happened")
-
-
-@pytest.fixture
-def host(ip, macvtap_works):
-    del macvtap_works
-    need(shutil.which("qemu-system-x86_64"), "qemu-system-x86_64")
-    ip("link add up0 type veth peer name peer0")
-    ip("link add br0 type bridge")
-    for link in ("up0", "peer0", "br0"):
-        ip(f"link set {link} up")
-    return Host()
 
 
 def active(host: Host) -> dict | None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.bench.fake_host import VFIO, FakeHost
+from tests.fake_host import VFIO, FakeHost
 from vnet_lock.audit import Audit, Severity, Standing, audit
 from vnet_lock.claims import ClaimTable
 from vnet_lock.kernel.kinship import Kinship

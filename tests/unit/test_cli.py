@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.bench.fake_host import VFIO, FakeHost
+from tests.fake_host import VFIO, FakeHost
 from vnet_lock.claims import ClaimTable
 from vnet_lock.front.cli import main
 from vnet_lock.model import Claim, Mode, PciAddress, Resource, State

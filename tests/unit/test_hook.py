@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fake_host import FakeHost, build, stat_line
+from tests.fake_host import FakeHost, build, stat_line
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hooks_install

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fake_host import FakeHost, build
+from tests.fake_host import FakeHost, build
 from vnet_lock.errors import Unsupported, Vanished
 from vnet_lock.kernel import netlink, nodes
 

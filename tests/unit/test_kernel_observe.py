@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fake_host import FakeHost, Link, build, rdev_text
+from tests.fake_host import FakeHost, Link, build, rdev_text
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import sysfs
 from vnet_lock.kernel.observe import read_inventory

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fake_host import FakeHost, build, rdev_text
+from tests.fake_host import FakeHost, build, rdev_text
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished
 from vnet_lock.kernel import pci
 from vnet_lock.model import PciAddress

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.fake_host import FakeHost, build, rdev_text, stat_line
+from tests.fake_host import FakeHost, build, rdev_text, stat_line
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import processes
 from vnet_lock.model import Owner, OwnerKind, Process, UseKind

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.fake_host import VFIO, FakeHost
+from tests.fake_host import VFIO, FakeHost
 from vnet_lock.audit import Audit, audit
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Combination, Policy

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench.fake_host import BOOT_ID, VFIO, FakeHost, routing_id
+from tests.fake_host import BOOT_ID, VFIO, FakeHost, routing_id
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import BadInput, Refused, VnetLockError
