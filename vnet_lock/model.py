@@ -142,8 +142,9 @@ class OwnerKind(StrEnum):
 class Owner:
     """The thing that lives as long as the guest, never the hook or the helper.
 
-    ``process`` is the guest's process; for libvirt it is the daemon that is starting the guest, and
-    ``pid_file`` is libvirt's own, whose lock the guest's QEMU holds for its life.
+    ``process`` is the guest's process; for libvirt it is the daemon that is starting the guest, None once the
+    guest has ended and libvirt's status file tells the rest. ``pid_file`` is libvirt's own, whose lock the
+    guest's QEMU holds for its life.
     """
 
     kind: OwnerKind

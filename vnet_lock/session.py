@@ -206,10 +206,14 @@ class Session:
         )
 
     def hand_over(self, old: Owner, new: Owner) -> None:
-        """The same claims, held by another process from now on (a QEMU that became a daemon)."""
+        """The same claims, held by another owner from now on (a QEMU that became a daemon).
+
+        Of a libvirt guest only those that the same daemon made: who comes late must not touch a next start's.
+        """
         with self.table.guarded() as writer:
-            for claim in writer.read().of(old):
-                writer.replace(replace(claim, owner=new))
+            for claim in writer.read().records:
+                if claim.owner == old:
+                    writer.replace(replace(claim, owner=new))
 
     # --- giving back --------------------------------------------------------------------------
 

@@ -137,6 +137,37 @@ def test_a_killed_libvirt_guest_gives_its_vf_back(lab: Nic, guests: Guests) -> N
     assert looks(lab, 0) == before
 
 
+@pytest.mark.parametrize("killed", ["release", "stopped|release"])
+def test_a_release_hook_that_is_killed_keeps_a_vf_no_longer_than_is_doubtful(
+    lab: Nic, guests: Guests, killed: str
+) -> None:
+    """libvirtd lives on. Where `stopped` is killed, too, nothing tells this guest from one that starts."""
+    vf = lab.set_numvfs(1)[0]
+    before = looks(lab, 0)
+    made = guests.libvirt("unreleased", hostdev_xml(vf, "52:54:00:00:07:01"))
+    hook = Path("/etc/libvirt/hooks/qemu.d/50-vnet-lock")
+    text = hook.read_text()
+    try:
+        hook.write_text(text.replace("\n", f"\ncase $2 in {killed}) kill -KILL $$ ;; esac\n", 1))
+        made.destroy()
+    finally:
+        hook.write_text(text)
+    assert owner_of(vf) == "unreleased"
+    if killed == "release":
+        assert status()[vf.pci]["state"] == "stale"
+        other = CONTENDERS["vfio"](guests, vf, "", "other")
+        assert other.runs, other.message
+        other.end()
+    else:
+        assert vnet_lock("gc").stdout == "nothing is stale\n"
+        assert not CONTENDERS["vfio"](guests, vf, "", "other").runs
+        made.start()
+        made.destroy()
+    wait_until(lambda: vf.netdev, "the VF has its driver again")
+    assert looks(lab, 0) == before
+    assert not os.listdir("/run/vnet-lock/claims")
+
+
 def test_guests_exchange_packets_through_vhost(lab: Nic, guests: Guests) -> None:
     """veb on macvlan, plain and late, each with a macvlan beside it on the PF.
 

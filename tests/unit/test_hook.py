@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,11 @@ class Fake:
     def adopt(self, owner: Owner, requests: Iterable[Request]) -> None:
         self._ask("adopt", owner, requests)
 
+    def hand_over(self, old: Owner, new: Owner) -> None:
+        assert old.process is not None
+        assert new == replace(old, process=None)
+        self._ask("hand over", old, ())
+
     def release(self, owner: Owner) -> None:
         self._ask("release", owner, ())
 
@@ -89,6 +94,13 @@ def host(tmp_path: Path) -> FakeHost:
     host.process(DAEMON, "libvirtd")
     host.process(os.getpid(), "python")
     return host
+
+
+def status_file(host: FakeHost, name: str, there: bool = True) -> None:
+    """libvirt's file of a guest that has had its QEMU, and whose devices it hasn't all given back."""
+    path = Path(host.settings.libvirt_run) / f"qemu/{name}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch() if there else path.unlink()
 
 
 def run_with(fake: Fake, settings: Settings, operation: str, xml: bytes) -> tuple[int, Told]:
@@ -135,7 +147,18 @@ def test_release_needs_no_definition_that_can_still_be_read(host: FakeHost) -> N
     assert (verb, owner.uuid) == ("release", UUIDS["a"])
 
 
-@pytest.mark.parametrize("operation", ["started", "stopped", "migrate", "restore", "new"])
+def test_stopped_leaves_it_to_libvirts_status_file_when_a_guest_is_dead(host: FakeHost) -> None:
+    fake = Fake()
+    assert run_with(fake, host.settings, "stopped", guest("a", VF0)) == (0, Told())
+    # Without one it never had a QEMU.
+    assert fake.asked == []
+    status_file(host, "a")
+    assert run_with(fake, host.settings, "stopped", guest("a", VF0)) == (0, Told())
+    ((verb, owner, _),) = fake.asked
+    assert (verb, owner.uuid) == ("hand over", UUIDS["a"])
+
+
+@pytest.mark.parametrize("operation", ["started", "migrate", "restore", "new"])
 def test_other_operations_do_not_even_read_the_guest(host: FakeHost, operation: str) -> None:
     fake = Fake()
     assert run_with(fake, host.settings, operation, b"no XML") == (0, Told())
@@ -152,13 +175,14 @@ def test_a_guest_without_devices_needs_no_session(host: FakeHost, operation: str
 # --- how it ends --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "release", "reconnect"])
+@pytest.mark.parametrize("operation", ["prepare", "start", "stopped", "release", "reconnect"])
 @pytest.mark.parametrize(
     "error", [Refused("VF is held by b"), VnetLockError("kernel says no"), BadInput("what")]
 )
 def test_a_failure_refuses_a_start_and_is_only_told_elsewhere(
     host: FakeHost, operation: str, error: VnetLockError
 ) -> None:
+    status_file(host, "a")
     status, told = run_with(Fake(error), host.settings, operation, guest("a", VF0))
     refuses = operation in ("prepare", "start")
     assert status == (1 if refuses else 0)
@@ -166,8 +190,9 @@ def test_a_failure_refuses_a_start_and_is_only_told_elsewhere(
     assert told.logged == ([] if refuses else [f'{operation} of guest "a": {error}'])
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "release", "reconnect"])
+@pytest.mark.parametrize("operation", ["prepare", "start", "stopped", "release", "reconnect"])
 def test_a_defect_of_ours_keeps_its_traceback(host: FakeHost, operation: str) -> None:
+    status_file(host, "a")
     status, told = run_with(Fake(KeyError("oops")), host.settings, operation, guest("a", VF0))
     assert status == (1 if operation in ("prepare", "start") else 0)
     assert "Traceback" in told.logged[0]
@@ -300,6 +325,54 @@ def test_reconnect_lets_a_running_guest_live_though_another_has_its_vf(libvirt: 
     assert libvirt.held() == {V0: "b"}
 
 
+def test_a_guest_whose_release_was_killed_is_dead_once_libvirt_has_given_its_devices_back(
+    libvirt: Libvirt,
+) -> None:
+    assert libvirt.call("a", "prepare", VF0) == 0
+    status_file(libvirt.host, "a")
+    # QEMU is dead; libvirt gives its devices back until it removes the file.
+    assert libvirt.call("b", "prepare", VF0) == 1
+    assert libvirt.call("a", "stopped", VF0) == 0
+    assert libvirt.call("b", "prepare", VF0) == 1
+    status_file(libvirt.host, "a", there=False)
+    assert libvirt.call("b", "prepare", VF0) == 0
+    assert libvirt.held() == {V0: "b"}
+    assert libvirt.call("a", "release", VF0) == 0
+    assert libvirt.held() == {V0: "b"}
+
+
+def test_a_guest_that_failed_before_it_had_a_qemu_is_held_until_its_release(libvirt: Libvirt) -> None:
+    """There is no file, but libvirt gives back what it had prepared for the guest."""
+    assert libvirt.call("a", "prepare", VF0) == 0
+    assert libvirt.call("a", "stopped", VF0) == 0
+    assert libvirt.call("b", "prepare", VF0) == 1
+    assert libvirt.call("a", "release", VF0) == 0
+    assert libvirt.call("b", "prepare", VF0) == 0
+
+
+def test_a_late_stopped_of_an_earlier_daemon_says_nothing_of_the_next_start(
+    libvirt: Libvirt, host: FakeHost
+) -> None:
+    """The daemon was killed while the hook ran, and another has started the guest anew meanwhile."""
+    assert libvirt.call("a", "prepare", VF0) == 0
+    status_file(host, "a")
+    host.process(DAEMON - 1, "libvirtd")
+    assert answer(Call(host.settings, DAEMON - 1, "a", "stopped", guest("a", VF0)), Session, Told()) == 0
+    status_file(host, "a", there=False)
+    assert libvirt.call("b", "prepare", VF0) == 1
+    assert libvirt.held() == {V0: "a"}
+
+
+def test_a_guest_that_starts_anew_after_a_killed_release_is_held_again(libvirt: Libvirt) -> None:
+    assert libvirt.call("a", "prepare", VF0) == 0
+    status_file(libvirt.host, "a")
+    assert libvirt.call("a", "stopped", VF0) == 0
+    status_file(libvirt.host, "a", there=False)
+    assert libvirt.call("a", "prepare", VF0) == 0
+    assert libvirt.call("b", "prepare", VF0) == 1
+    assert libvirt.held() == {V0: "a"}
+
+
 def test_a_vf_of_a_guest_whose_daemon_died_while_starting_it_is_free_again(libvirt: Libvirt) -> None:
     assert libvirt.call("a", "prepare", VF0) == 0
     # Another process has the daemon's pid by now.
@@ -313,7 +386,7 @@ def test_a_vf_that_is_not_there_is_refused(libvirt: Libvirt) -> None:
     assert libvirt.held() == {}
 
 
-ORDERS = list(itertools.product(("prepare", "start", "release", "reconnect"), repeat=3))
+ORDERS = list(itertools.product(("prepare", "start", "stopped", "release", "reconnect"), repeat=3))
 
 
 @pytest.mark.parametrize("order", ORDERS, ids="-".join)
@@ -331,7 +404,7 @@ def test_no_order_of_operations_ever_gives_a_vf_to_two_guests(
             assert status == (1 if mine in ("prepare", "start") else 0)
         else:
             assert status == 0
-            assert holder == (None if mine == "release" else "a")
+            assert holder == {"release": None, "stopped": before.get(V0)}.get(mine, "a")
         before = libvirt.held()
         status = libvirt.call("b", others, VF0)
         holder = libvirt.held().get(V0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_host import FakeHost, build, rdev_text, stat_line
+from tests.fake_host import FakeHost, Link, build, rdev_text, stat_line
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import processes
 from vnet_lock.model import Owner, OwnerKind, Process, UseKind
@@ -108,6 +108,64 @@ def test_a_libvirt_guest_lives_while_its_pid_file_is_locked_or_its_daemon_is_the
         OwnerKind.LIBVIRT, "web1", boot, uuid="u", process=processes.this_process(DEFAULT), pid_file=path
     )
     assert processes.is_owner_alive(DEFAULT, alive)
+
+
+@pytest.mark.parametrize(
+    ("window", "marked", "files", "lives"),
+    [
+        ("prepare has claimed, and there is no QEMU yet", False, (), True),
+        ("QEMU's pid file is there, and not locked yet", False, ("web1.pid",), True),
+        ("QEMU was killed, and libvirt has not noticed", False, ("web1.pid", "web1.xml"), True),
+        ("stopped was called, and libvirt gives its devices back", True, ("web1.pid", "web1.xml"), True),
+        ("libvirt removes the status file first", True, ("web1.pid",), False),
+        ("libvirt has given all back, and release was killed", True, (), False),
+        ("stopped was killed, too", False, (), True),
+        ("another libvirt guest has its name", True, ("web1.xml",), True),
+        ("it is started anew, which claims anew", False, ("web1.pid",), True),
+        ("what libvirt has can't be seen from here", True, None, True),
+    ],
+)
+def test_a_libvirt_guest_is_dead_only_once_libvirt_has_given_back_what_it_had(
+    tmp_path: Path, window: str, marked: bool, files: tuple[str, ...] | None, lives: bool
+):
+    """libvirt's daemon is alive all the time; ``marked``: `stopped` found the guest's status file."""
+    if files is not None:
+        build(tmp_path, {"qemu/": "", **{f"qemu/{name}": "" for name in files}})
+    owner = Owner(
+        OwnerKind.LIBVIRT,
+        "web1",
+        processes.read_boot_id(DEFAULT),
+        uuid="u",
+        process=None if marked else processes.this_process(DEFAULT),
+        pid_file=str(tmp_path / "qemu/web1.pid"),
+    )
+    assert processes.is_owner_alive(DEFAULT, owner) is lives, window
+
+
+def test_a_marked_guest_lives_while_its_pid_file_is_locked(tmp_path: Path):
+    """libvirt could not kill it: its QEMU hangs in the kernel, or another libvirt guest has its name."""
+    path = str(tmp_path / "web1.pid")
+    owner = Owner(OwnerKind.LIBVIRT, "web1", processes.read_boot_id(DEFAULT), uuid="u", pid_file=path)
+    command = [sys.executable, "-c", LOCKER, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert processes.is_owner_alive(DEFAULT, owner)
+        child.kill()
+    assert not processes.is_owner_alive(DEFAULT, owner)
+
+
+@pytest.mark.parametrize("tree", [{"qemu": "no directory"}, {"qemu/": "", "qemu/web1.xml": Link("web1.xml")}])
+def test_a_status_file_that_is_doubtful_counts_as_there(tmp_path: Path, tree: dict[str, str | Link]):
+    build(tmp_path, tree)
+    owner = Owner(
+        OwnerKind.LIBVIRT,
+        "web1",
+        processes.read_boot_id(DEFAULT),
+        uuid="u",
+        pid_file=str(tmp_path / "qemu/web1.pid"),
+    )
+    assert processes.is_owner_alive(DEFAULT, owner)
 
 
 def test_a_pid_file_that_cannot_be_opened_counts_as_locked(tmp_path: Path):

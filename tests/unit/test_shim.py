@@ -125,7 +125,7 @@ def test_a_guest_without_a_device_of_ours_never_starts_python(shim: Shim, operat
     assert not shim.started_python
 
 
-@pytest.mark.parametrize("operation", ["started", "stopped", "migrate", "restore", "new"])
+@pytest.mark.parametrize("operation", ["started", "migrate", "restore", "new"])
 def test_an_operation_with_nothing_to_do_never_starts_python(shim: Shim, operation: str) -> None:
     shim.claim("vf:0000:01:10.2")
     assert shim.run(operation, guest(HOSTDEV, INTENT)) == Ended(0, "", "")
@@ -184,14 +184,15 @@ def test_start_starts_python_for_what_libvirt_resolved_since(shim: Shim, devices
     assert shim.started_python
 
 
-def test_release_starts_python_only_for_a_guest_with_claims(shim: Shim) -> None:
-    assert shim.run("release", guest(HOSTDEV)) == Ended(0, "", "")
+@pytest.mark.parametrize("operation", ["stopped", "release"])
+def test_an_end_starts_python_only_for_a_guest_with_claims(shim: Shim, operation: str) -> None:
+    assert shim.run(operation, guest(HOSTDEV)) == Ended(0, "", "")
     shim.claim("vf:0000:01:10.2", uuid=UUID.replace("2f6c", "ffff"))
-    assert shim.run("release", guest(HOSTDEV)) == Ended(0, "", "")
+    assert shim.run(operation, guest(HOSTDEV)) == Ended(0, "", "")
     assert not shim.started_python
     shim.claim("vf:0000:01:10.2")
     # The definition may have lost its device since the start.
-    assert shim.run("release", guest()) == Ended(0, "", "")
+    assert shim.run(operation, guest()) == Ended(0, "", "")
     assert shim.started_python
 
 
@@ -222,7 +223,7 @@ def test_no_xml_at_all_refuses_a_start_and_nothing_else(shim: Shim, operation: s
 
 
 @pytest.mark.timeout(20)
-@pytest.mark.parametrize("operation", ["start", "release"])
+@pytest.mark.parametrize("operation", ["start", "stopped", "release"])
 def test_a_large_document_without_a_uuid_takes_no_time_of_note(shim: Shim, operation: str) -> None:
     xml = b"<domain>" + b"<a>hostdev</a>" * 70_000 + b"</domain>"
     assert shim.run(operation, xml).status == 0
@@ -231,7 +232,7 @@ def test_a_large_document_without_a_uuid_takes_no_time_of_note(shim: Shim, opera
 # --- what breaks --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "release", "reconnect"])
+@pytest.mark.parametrize("operation", ["prepare", "start", "stopped", "release", "reconnect"])
 @pytest.mark.parametrize("how", ["missing", "not executable", "status 3", "killed", "no interpreter"])
 def test_a_broken_python_refuses_a_start_in_one_line_and_nothing_else(
     shim: Shim, operation: str, how: str
@@ -258,7 +259,7 @@ def test_a_broken_python_refuses_a_start_in_one_line_and_nothing_else(
         assert ended.stderr.splitlines() == ours
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "release", "reconnect"])
+@pytest.mark.parametrize("operation", ["prepare", "start", "stopped", "release", "reconnect"])
 def test_a_refusal_by_python_is_its_own_words_alone(shim: Shim, operation: str) -> None:
     shim.claim("nic:bond0")
     shim.python_does("cat >/dev/null; echo 'vnet-lock: it is held' >&2; echo noise; exit 1")

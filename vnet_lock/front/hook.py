@@ -40,6 +40,9 @@ class Guards(Protocol):
     def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
         """Claim what libvirt has set up for a guest already."""
 
+    def hand_over(self, old: Owner, new: Owner) -> None:
+        """Let what a guest has live as long as another owner."""
+
     def release(self, owner: Owner) -> None:
         """Give back all that a guest had."""
 
@@ -107,17 +110,25 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     """Claim, check or give back; any VnetLockError where that can't be done.
 
     `prepare` claims and makes all that the guest asks for; `start` claims what libvirt chose since then;
-    `reconnect` claims what a running guest has; `release` gives all back; all else is none of ours.
+    `reconnect` claims what a running guest has; `release` gives all back; all else is none of ours. `stopped`
+    only prepares for a `release` that is killed: from then on libvirt's status file tells when it would come.
     """
-    if call.operation not in ("prepare", "start", "reconnect", "release"):
+    if call.operation not in ("prepare", "start", "reconnect", "stopped", "release"):
         return
     from vnet_lock import domain_xml
     from vnet_lock.model import Fixed
 
-    if call.operation == "release":
+    if call.operation in ("stopped", "release"):
         # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
         _, uuid = domain_xml.read_identity(call.xml)
-        open_session(call.settings).release(_owner(call, uuid))
+        owner = _owner(call, uuid)
+        if call.operation == "release":
+            open_session(call.settings).release(owner)
+        elif os.path.lexists(f"{call.settings.libvirt_run}/qemu/{call.guest}.xml"):
+            # Of a guest that never had its QEMU there is no file whose removal could tell anything.
+            from dataclasses import replace
+
+            open_session(call.settings).hand_over(owner, replace(owner, process=None))
         return
     found = domain_xml.read_guest(call.xml)
     requests = found.requests

@@ -65,8 +65,13 @@ def is_alive(settings: Settings, process: Process) -> bool:
 def is_owner_alive(settings: Settings, owner: Owner) -> bool:
     """Whether an owner may still use what it claimed; False only on proof of death.
 
-    A libvirt guest lives while anybody holds the lock on its pid file (its QEMU does so for its life), and
-    counts as alive while the daemon that starts or stops it is there.
+    A libvirt guest lives while anybody holds the lock on its pid file (its QEMU does so for its life). While
+    nobody does, it may not have its QEMU yet, or libvirt may still be giving back what it had: it counts as
+    alive as long as the daemon is there. But where `stopped` has found the guest's status file (the owner has
+    no process then), that ends with the file: libvirt writes it once QEMU has the lock, replaces it by
+    renaming, and removes it after it has reattached and deleted the devices, just before it calls `release`
+    (qemuProcessLaunch, qemuProcessStop in libvirt's qemu_process.c). Without that mark a missing file proves
+    nothing: a guest that is being started has none.
     """
     if owner.boot_id != read_boot_id(settings):
         return False
@@ -76,7 +81,20 @@ def is_owner_alive(settings: Settings, owner: Owner) -> bool:
                 return True
         except OSError:
             return True
+        if owner.process is None:
+            return _may_be_there(owner.pid_file.removesuffix(".pid") + ".xml")
     return owner.process is None or is_alive(settings, owner.process)
+
+
+def _may_be_there(path: str) -> bool:
+    """Whether a file exists; False only where its directory is seen, and it isn't."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return not os.path.isdir(os.path.dirname(path))
+    except OSError:
+        return True
+    return True
 
 
 def read_command(settings: Settings, pid: int) -> str:
