@@ -25,15 +25,17 @@ def in_shell(program: str, words: str, redirection: str) -> subprocess.Completed
 
 
 def python(imports: str, call: str, rest: str) -> subprocess.CompletedProcess[str]:
-    line = f'"$0" -c "import sys; {imports}; sys.exit({call})" {rest}'
-    # Output as a user has it, in whole blocks.
+    line = f'"$0" $buffering -c "import sys; {imports}; sys.exit({call})" {rest}'
+    # Output in whole blocks, as a user has it, but for who sets buffering=-u.
     env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     argv = ["/bin/bash", "-c", line, sys.executable]
     return subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
+@pytest.mark.parametrize("buffering", ["", "-u"])
 @pytest.mark.parametrize("word", ["--help", "--version"])
-def test_an_output_that_is_full_is_one_line(program, word):
+def test_an_output_that_is_full_is_one_line(program, word, buffering, monkeypatch):
+    monkeypatch.setenv("buffering", buffering)
     done = in_shell(program, word, ">/dev/full")
     assert done.returncode == 1
     assert done.stderr == f"{program}: cannot write the output: No space left on device\n"

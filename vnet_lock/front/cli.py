@@ -5,11 +5,15 @@ from __future__ import annotations
 import argparse  # 10 ms; no hook loads this module
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from vnet_lock.combination import Policy, Port
 from vnet_lock.front.command import serve
 from vnet_lock.model import Resource
 from vnet_lock.settings import DEFAULT, Settings
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 
 def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:
@@ -26,7 +30,7 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vnet-lock",
         description="Who uses which SR-IOV virtual function, and that no two guests use the same.",
         epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 an audit found an error, "
@@ -68,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("hooks", "libvirt's hooks: put ours there, take them away, or look")
     verb.add_argument("action", choices=("install", "remove", "status"))
     return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells us when its help could not be written; argparse itself passes over that."""
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
 
 
 class _Verbs:
