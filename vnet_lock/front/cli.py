@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     """Run one command and return its exit code; argparse exits by itself with 2 on bad usage."""
     _require_streams()
     try:
-        args = _parser().parse_args(argv)
+        try:
+            args = _parser().parse_args(argv)
+        finally:
+            sys.stdout.flush()  # --help and --version exit in there
         from vnet_lock.front import verbs
 
         run: Callable[[Settings, argparse.Namespace], int] = getattr(verbs, args.verb)
