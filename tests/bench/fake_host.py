@@ -37,6 +37,8 @@ class FakeHost:
         ):
             os.makedirs(f"{self._sys}/{folder}", exist_ok=True)
         self._write(f"{self._proc}/sys/kernel/random/boot_id", BOOT_ID)
+        # A /proc without init hides others' processes (hidepid): the real kernel would be asked about ours.
+        self.add_process(1, "init", parent=0)
         os.makedirs(self.settings.run, mode=0o755, exist_ok=True)
         os.makedirs(self.settings.claims_dir, mode=0o755, exist_ok=True)
         os.makedirs(self.settings.dev, exist_ok=True)
