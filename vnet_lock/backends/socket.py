@@ -9,7 +9,7 @@ import os
 import socket
 
 from vnet_lock.backends import Connection
-from vnet_lock.combination import Combination
+from vnet_lock.combination import Combination, Port
 from vnet_lock.errors import VnetLockError
 from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
@@ -31,9 +31,10 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
     from vnet_lock.datapath import launch
     from vnet_lock.kernel import netns, packet
 
-    netdev = opened.netdev
+    netdev, is_promiscuous = opened.netdev, combination.port is not Port.MACVLAN
     (device,) = netns.call_in(
-        opened.netns, lambda: packet.open_queues(netdev, has_header=True, has_auxdata=True)
+        opened.netns,
+        lambda: packet.open_queues(netdev, has_header=True, has_auxdata=True, is_promiscuous=is_promiscuous),
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with device, ours, theirs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from typing import Any, ClassVar
 
 # A frame of 64 KiB with all that may be before it; QEMU's own buffers have 4 KiB more (net/net.h).
 _SLOT = 65536 + 4096
@@ -18,10 +19,10 @@ class _Iovec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
-class _Message(ctypes.Structure):
-    """struct mmsghdr: a struct msghdr, and how long what it received is."""
+class _Header(ctypes.Structure):
+    """struct msghdr."""
 
-    _fields_ = (
+    _fields_: ClassVar[Any] = (
         ("name", ctypes.c_void_p),
         ("name_length", ctypes.c_uint32),
         ("iov", ctypes.POINTER(_Iovec)),
@@ -29,8 +30,13 @@ class _Message(ctypes.Structure):
         ("control", ctypes.c_void_p),
         ("control_length", ctypes.c_size_t),
         ("flags", ctypes.c_int),
-        ("length", ctypes.c_uint),
     )
+
+
+class _Message(_Header):
+    """struct mmsghdr: a header, and how long what was received is."""
+
+    _fields_: ClassVar[Any] = (("length", ctypes.c_uint),)
 
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -63,7 +69,7 @@ class Batch:
             self._in[at].control_length = _CONTROL
 
     def receive(self, descriptor: int) -> int:
-        """Receive what is there, and return how many packets; OSError where there is none, or as recvmmsg(2)."""
+        """Receive what is there; how many packets. OSError where none is, or as recvmmsg(2) says."""
         for at in range(self._count if self._control_length else 0):
             self._in[at].control_length = self._control_length
         self._count = 0

@@ -29,7 +29,7 @@ _SLOTS = 64
 _HEADER = 10  # struct virtio_net_hdr
 # struct cmsghdr and struct tpacket_auxdata, include/uapi/linux/if_packet.h: of the first its type, of the
 # second status, vlan_tci and vlan_tpid.
-_AUXDATA = struct.Struct("@Nii I12xHH")
+_AUXDATA = struct.Struct("@N4xiI12xHH")
 _PACKET_AUXDATA, _VLAN_VALID, _VLAN_TPID_VALID = 8, 1 << 4, 1 << 6
 _DEFAULT_TPID = 0x8100
 _GUEST_IS_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED)
@@ -183,7 +183,21 @@ def main() -> None:
         report_ready(given["ready"], error.strerror or str(error))
         return
     report_ready(given["ready"])
-    relay.run()
+    try:
+        relay.run()
+    except Exception:
+        _log_defect()
+        raise
+
+
+def _log_defect() -> None:
+    """Nobody sees our standard error, and the guest's network is gone."""
+    import syslog
+    import traceback
+
+    syslog.openlog("vnet-lock", syslog.LOG_PID, syslog.LOG_DAEMON)
+    for line in traceback.format_exc().splitlines():
+        syslog.syslog(syslog.LOG_ERR, line)
 
 
 def _drop_rights() -> None:
