@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 VNET_LOCK, VNET_QEMU, HELPER = (
     str(Path(sys.executable).with_name(name)) for name in ("vnet-lock", "vnet-qemu", "qemu-net-helper")
@@ -25,6 +26,7 @@ NET = "-netdev host,id=net0,mode=vepa,dev=up0"
 NIC = "-device virtio-net-pci,netdev=net0"
 MAC = "52:54:00:00:00:01"
 
+T = TypeVar("T")
 Running = contextlib.AbstractContextManager[subprocess.Popen[str]]
 
 
@@ -111,7 +113,8 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def eventually(find, timeout_s: float = 20.0):
+def eventually(find: Callable[[], T], timeout_s: float = 20.0) -> T:
+    """What ``find`` finds, once it finds something."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         if found := find():

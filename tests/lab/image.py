@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
-MODULES = ("virtio_pci", "virtio_net", "igbvf", "igb", "e1000e")
+MODULES = ("virtio_pci", "virtio_net", "igbvf", "igb", "e1000", "e1000e")
 
 
 class BuildError(Exception):

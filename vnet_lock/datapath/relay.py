@@ -1,0 +1,216 @@
+"""Carries frames between a guest's device and its QEMU, which takes no packet socket.
+
+    python -I -m vnet_lock.datapath.relay --packet=FD --guest=FD --netns=FD --ready=FD
+
+``packet`` is a packet socket with virtio headers and auxiliary data on a device in the namespace ``netns``;
+``guest`` is one end of a pair of unix sockets of the kind SOCK_SEQPACKET, the other end is QEMU's
+``-netdev dgram``. A guest that doesn't take its frames loses them at the packet socket, as at a NIC. The
+relay ends with its guest, and when its device goes for good.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+
+from vnet_lock.datapath.batch import Batch
+from vnet_lock.datapath.frames import NEEDS_CSUM, BadFrame, Buffer, VnetHeader, finish, tagged
+from vnet_lock.datapath.launch import report_ready
+from vnet_lock.kernel.netns import enter
+
+_SLOTS = 64
+_HEADER = 10  # struct virtio_net_hdr
+# struct cmsghdr and struct tpacket_auxdata, include/uapi/linux/if_packet.h: of the first its type, of the
+# second status, vlan_tci and vlan_tpid.
+_AUXDATA = struct.Struct("@N4xiI12xHH")
+_PACKET_AUXDATA, _VLAN_VALID, _VLAN_TPID_VALID = 8, 1 << 4, 1 << 6
+_DEFAULT_TPID = 0x8100
+_GUEST_IS_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ECONNREFUSED)
+_NOBODY = 65534  # the kernel's overflowuid
+_PR_SET_NO_NEW_PRIVS = 38
+
+
+class GuestGone(Exception):
+    """QEMU has closed its end."""
+
+
+class Way:
+    """One direction. What the sink doesn't take at once waits here, and nothing more is received then."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, batch: Batch) -> None:
+        self._source, self._sink, self._batch = source, sink, batch
+        # Frames of our own making, and runs of slots, first and end, to be sent as they are.
+        self.waiting: deque[Buffer | tuple[int, int]] = deque()
+
+    def carry(self) -> None:
+        """Receive a batch and send it. GuestGone where it shows."""
+        try:
+            count = self._batch.receive(self._source.fileno())
+        except OSError as error:
+            if error.errno in _GUEST_IS_GONE:
+                raise GuestGone from error
+            # Nothing there after all, the device went down, or a packet that virtio has no word for.
+            return
+        self.waiting.extend(self._prepared(count))
+        self.send()
+
+    def send(self) -> None:
+        """Send what waits, as far as the sink takes it; what it can't take at all is dropped."""
+        while self.waiting:
+            item = self.waiting[0]
+            try:
+                if isinstance(item, tuple):
+                    sent = self._batch.send(self._sink.fileno(), *item)
+                else:
+                    sent = min(1, self._sink.send(item, socket.MSG_DONTWAIT))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno in _GUEST_IS_GONE:
+                    raise GuestGone from error
+                # Longer than the device's MTU, no room in its queue, device down: as on a wire.
+                sent = 1
+            if isinstance(item, tuple) and item[0] + sent < item[1]:
+                self.waiting[0] = (item[0] + sent, item[1])
+            else:
+                self.waiting.popleft()
+
+    def _prepared(self, count: int) -> Iterator[Buffer | tuple[int, int]]:
+        """What is to be sent of a batch that was received, in order."""
+        first = 0
+        for at in range(count):
+            made = self._made(at)
+            if made is not None:
+                if first < at:
+                    yield first, at
+                yield from made
+                first = at + 1
+        if first < count:
+            yield first, count
+
+    def _made(self, at: int) -> list[Buffer] | None:
+        """What is sent in the place of a slot's packet; None where that is sent as it is."""
+        return None if self._batch.is_whole(at) else []
+
+
+class ToGuest(Way):
+    """From the packet socket: what the kernel left to its device is done here."""
+
+    def _made(self, at: int) -> list[Buffer] | None:
+        batch = self._batch
+        packet = batch.packet(at)
+        if not batch.is_whole(at) or len(packet) <= _HEADER:
+            return []
+        tag = _read_tag(batch.control(at))
+        if tag is None and not packet[0] & NEEDS_CSUM and not packet[1]:
+            return None
+        try:
+            made = finish(VnetHeader.parse(packet), packet[_HEADER:])
+            return made if tag is None else [tagged(frame, *tag) for frame in made]
+        except BadFrame:
+            return []
+
+
+def _read_tag(control: Buffer) -> tuple[int, int] | None:
+    """The VLAN tag, TPID and TCI, that the kernel or the NIC took from a frame."""
+    if len(control) < _AUXDATA.size:
+        return None
+    _, kind, status, tci, tpid = _AUXDATA.unpack_from(control)
+    if kind != _PACKET_AUXDATA or not status & _VLAN_VALID:
+        return None
+    return (tpid if status & _VLAN_TPID_VALID else _DEFAULT_TPID), tci
+
+
+class Relay:
+    """Both directions, and when they end."""
+
+    def __init__(self, packet: socket.socket, guest: socket.socket) -> None:
+        self._packet, self._guest = packet, guest
+        self._to_guest = ToGuest(packet, guest, Batch(_SLOTS, send_at=_HEADER, has_control=True))
+        self._from_guest = Way(guest, packet, Batch(_SLOTS, receive_at=_HEADER))
+
+    def run(self) -> None:
+        """Carry frames until the guest or the device is gone."""
+        poll = select.poll()
+        packet, guest = self._packet.fileno(), self._guest.fileno()
+        with suppress(GuestGone):
+            while True:
+                # Whichever can't send receives nothing, so a guest that is stopped costs nothing.
+                poll.register(packet, _mask(receives=self._to_guest, sends=self._from_guest))
+                poll.register(guest, _mask(receives=self._from_guest, sends=self._to_guest))
+                events = dict(poll.poll())
+                from_packet, from_guest = events.get(packet, 0), events.get(guest, 0)
+                if from_packet & select.POLLERR and self._is_device_gone():
+                    return
+                if from_packet & select.POLLOUT:
+                    self._from_guest.send()
+                if from_guest & select.POLLOUT:
+                    self._to_guest.send()
+                if from_packet & select.POLLIN and not self._to_guest.waiting:
+                    self._to_guest.carry()
+                if from_guest & select.POLLIN and not self._from_guest.waiting:
+                    self._from_guest.carry()
+                if from_guest & select.POLLHUP:
+                    return
+
+    def _is_device_gone(self) -> bool:
+        """After an error of the packet socket, which is no more then: a device that is down comes back."""
+        self._packet.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        # The socket has no device any more once that was unregistered (packet_notifier), and so no name.
+        return not self._packet.getsockname()[0]
+
+
+def _mask(*, receives: Way, sends: Way) -> int:
+    return (0 if receives.waiting else select.POLLIN) | (select.POLLOUT if sends.waiting else 0)
+
+
+def main() -> None:
+    """Serve one guest."""
+    given = {name: int(value) for name, _, value in (word[2:].partition("=") for word in sys.argv[1:])}
+    try:
+        enter(given["netns"])
+        os.close(given["netns"])
+        relay = Relay(socket.socket(fileno=given["packet"]), socket.socket(fileno=given["guest"]))
+        _drop_rights()
+    except OSError as error:
+        report_ready(given["ready"], error.strerror or str(error))
+        return
+    report_ready(given["ready"])
+    try:
+        relay.run()
+    except Exception:
+        _log_defect()
+        raise
+
+
+def _log_defect() -> None:
+    """Nobody sees our standard error, and the guest's network is gone."""
+    import syslog
+    import traceback
+
+    syslog.openlog("vnet-lock", syslog.LOG_PID, syslog.LOG_DAEMON)
+    for line in traceback.format_exc().splitlines():
+        syslog.syslog(syslog.LOG_ERR, line)
+
+
+def _drop_rights() -> None:
+    """All is open, so nothing takes rights any more."""
+    import ctypes
+
+    ctypes.CDLL(None).prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    os.chdir("/")
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+
+
+if __name__ == "__main__":
+    main()
