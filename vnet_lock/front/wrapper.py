@@ -213,4 +213,9 @@ def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) 
         if isinstance(result, Refusal):
             raise error_of(result)
         connections = {one.request.interface: Shown.of(one) for one in result.assignments}
-    print(shlex.join([command.program, *rewrite(argv, connections)]))
+    reconnect = []
+    if any(one.path for one in connections.values()):
+        from vnet_lock.front.qemu_features import reconnect_words
+
+        reconnect = [reconnect_words(command.program)]
+    print(shlex.join([command.program, *rewrite(argv, connections, *reconnect)]))
