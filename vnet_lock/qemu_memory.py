@@ -21,6 +21,16 @@ _OF_XEN = ("xenpv", "xenpvh", "xenfv")
 _DEFAULT_SIZES = {"": "128M", "pseries": "512M"}
 _KNOWN_MACHINES = ("pc", "q35", "isapc", "microvm", "virt", "pseries", "s390-ccw-virtio")
 
+_INSTEAD = "leave vhost, or socket, out of its protocols="
+_IMPLIED = {
+    "object": "qom-type",
+    "machine": "type",
+    "M": "type",
+    "numa": "type",
+    "m": "size",
+    "mem-path": "path",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
@@ -40,7 +50,7 @@ def share_memory(options: Sequence[Option]) -> SharedMemory:
     if machine.get("type") in _OF_XEN or machine.get("accel") == "xen":
         raise BadInput(f"the memory of a Xen guest can't be shared; {_INSTEAD}")
     objects = {at: one for at, one in parsed.items() if _is_memory(options[at], one)}
-    changed = {
+    changed: dict[int, tuple[str, ...]] = {
         at: ("-object", made.text) for at, one in objects.items() if (made := _shared(options[at], one))
     }
     nodes = [at for at, one in parsed.items() if options[at].name == "numa" and one.get("type") == "node"]
@@ -53,17 +63,6 @@ def share_memory(options: Sequence[Option]) -> SharedMemory:
     if nodes or machine.get("memory-backend") is not None:
         return SharedMemory((), changed)
     return _with_default(options, parsed, machine, changed)
-
-
-_INSTEAD = "leave vhost, or socket, out of its protocols="
-_IMPLIED = {
-    "object": "qom-type",
-    "machine": "type",
-    "M": "type",
-    "numa": "type",
-    "m": "size",
-    "mem-path": "path",
-}
 
 
 def _parse(option: Option) -> Properties:

@@ -6,9 +6,7 @@ from vnet_lock.qemu_rewrite import RECONNECT_MS, RECONNECT_S
 
 
 def reconnect_words(path: str) -> tuple[str, int]:
-    """How this QEMU is told to connect again to a socket. It reads its options in order, and ends at an
-    unknown one.
-    """
+    """How this QEMU is told to connect to a socket again; it ends at an option that it doesn't know."""
     import subprocess  # 10 ms, and only for vhost-user
 
     key, value = RECONNECT_MS

@@ -51,6 +51,20 @@ def add_macvtap(name: str, lower: str, mode: str, mac: str, alias: str) -> None:
         _finish(name, alias, mac=mac if is_other else None, allmulticast=True, addrgenmode="none")
 
 
+def add_macvlan(name: str, lower: str, mode: str, mac: str, alias: str, namespace: int) -> None:
+    """Make a macvlan as add_macvtap does, but up, and in the network namespace that a descriptor is of."""
+    from vnet_lock.kernel.netns import call_in
+
+    index = _index(lower)
+    with _route() as route:
+        with _explained(f"making macvlan {name} (mode {mode}, MAC {mac}) on {lower}", lower, _NEW_MACVTAP):
+            route.link(
+                "add", ifname=name, kind="macvlan", link=index, macvlan_mode=mode, address=mac,
+                net_ns_fd=namespace,
+            )  # fmt: skip
+    call_in(namespace, lambda: _finish(name, alias, allmulticast=True, addrgenmode="none", up=True))
+
+
 def add_tap(name: str, alias: str, *, queues: int = 1, settings: Settings = DEFAULT) -> None:
     """Make a tap that stays until it is removed, with an ifalias: down, without IPv6 addresses of its own.
 
