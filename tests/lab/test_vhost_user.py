@@ -1,4 +1,4 @@
-"""socket+vhost: an unmodified QEMU's vhost-user between a guest and a wire, with packets through the kernel."""
+"""socket+vhost: an unmodified QEMU's vhost-user between a guest and a wire, packets through the kernel."""
 
 from __future__ import annotations
 

@@ -18,8 +18,14 @@ class PacketQueues:
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         self._sockets = sockets
-        self._pairs = 0
+        # What an earlier worker told the kernel isn't known.
+        self._spread: int | None = None
         self.has_header = self._try_header()
+
+    @property
+    def pairs(self) -> int:
+        """How many there are."""
+        return len(self._sockets)
 
     def fileno(self, pair: int) -> int:
         """The descriptor of a pair's socket."""
@@ -32,12 +38,12 @@ class PacketQueues:
 
     def spread(self, pairs: int) -> None:
         """Let the first so many sockets share what comes, each flow by one of them; others get nothing."""
-        if pairs != self._pairs and len(self._sockets) > 1:
+        if pairs != self._spread and len(self._sockets) > 1:
             program = ctypes.create_string_buffer(_pack(spread_program(pairs)))
             # struct sock_fprog: how many instructions, and where they are.
             filter_ = struct.pack("@HP", len(program.raw) // 8, ctypes.addressof(program))
             self._sockets[0].setsockopt(_SOL_PACKET, _PACKET_FANOUT_DATA, filter_)
-            self._pairs = pairs
+            self._spread = pairs
 
     def _try_header(self) -> bool:
         """Whether the kernel has the option (since 6.5, commit dfc39d4026fb)."""

@@ -22,12 +22,12 @@ import sys
 import syslog
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from vnet_lock.datapath.launch import report_ready
 from vnet_lock.datapath.packet_queues import PacketQueues
-from vnet_lock.datapath.vhost_device import Device, Kernel, offered_features
+from vnet_lock.datapath.vhost_device import Device, Kernel, Packets, offered_features
 from vnet_lock.datapath.vhost_message import ProtocolError, Reader, reply
 from vnet_lock.datapath.vhost_net import VhostNet
 from vnet_lock.kernel.netns import enter
@@ -87,7 +87,7 @@ class Monitor:
         self._settings = settings
         self._life = inherited.life
         self._listener = socket.socket(fileno=inherited.listener)
-        self._sockets = [socket.socket(fileno=number) for number in inherited.queues]
+        self._packets = PacketQueues([socket.socket(fileno=number) for number in inherited.queues])
         probe = VhostNet.open(settings)
         self._features = probe.read_features()
         probe.close()
@@ -102,17 +102,23 @@ class Monitor:
                 return
             if ended:
                 how = f"signal {-ended}" if ended < 0 else f"status {ended}"
-                _log(syslog.LOG_ERR, f"the guest's vhost-user back-end ended with {how}; starting it again")
+                syslog.syslog(
+                    syslog.LOG_ERR, f"the guest's vhost-user back-end ended with {how}; starting it again"
+                )
             pause = _PAUSE_S - (time.monotonic() - began)
             if pause > 0 and _is_readable(self._life, pause):
                 return
 
     def _fork_worker(self) -> int:
         """A worker; only we may open vhost-net, so it gets what it needs of that."""
-        kernels = [VhostNet.open(self._settings) for _ in self._sockets]
+        kernels = [VhostNet.open(self._settings) for _ in range(self._packets.pairs)]
         pid = os.fork()
         if pid == 0:
-            _run_worker(Worker(self._listener, self._life, self._sockets, kernels, self._features))
+            worker = Worker(
+                self._listener, self._life, self._packets, kernels, kernel_features=self._features,
+                complain=lambda text: syslog.syslog(syslog.LOG_WARNING, text),
+            )  # fmt: skip
+            _run_worker(worker)
         for kernel in kernels:
             kernel.close()
         return pid
@@ -141,7 +147,7 @@ def _run_worker(worker: Worker) -> None:
         status = worker.run()
     except Exception:
         for line in traceback.format_exc().splitlines():
-            _log(syslog.LOG_ERR, line)
+            syslog.syslog(syslog.LOG_ERR, line)
     finally:
         os._exit(status)
 
@@ -163,19 +169,29 @@ class Worker:
         self,
         listener: socket.socket,
         life: int,
-        sockets: Sequence[socket.socket],
+        packets: Packets,
         kernels: Sequence[Kernel],
+        *,
         kernel_features: int,
+        complain: Callable[[str], None],
     ) -> None:
         self._listener = listener
         self._life = life
         self._kernels = list(kernels)
-        self._packets = PacketQueues(sockets)
-        self._offered = offered_features(kernel_features, self._packets.has_header)
+        self._packets = packets
+        self._complain = complain
+        self._offered = offered_features(kernel_features, packets.has_header)
         self._connections: dict[int, _Connection] = {}
 
     def run(self) -> int:
         """Serve until the guest, or the front-end that was served, ends; the exit status."""
+        try:
+            return self._serve()
+        finally:
+            for connection in self._connections.values():
+                connection.close()
+
+    def _serve(self) -> int:
         self._listener.setblocking(False)
         poll = select.poll()
         poll.register(self._life, select.POLLIN)
@@ -205,7 +221,7 @@ class Worker:
             end.close()
             return
         device = Device(self._offered, len(self._kernels), self._packets, self._take)
-        self._connections[end.fileno()] = _Connection(end, device)
+        self._connections[end.fileno()] = _Connection(end, device, self._complain)
         poll.register(end, select.POLLIN)
 
     def _take(self) -> Sequence[Kernel]:
@@ -217,8 +233,9 @@ class Worker:
 class _Connection:
     """A front-end's end, and its device."""
 
-    def __init__(self, end: socket.socket, device: Device) -> None:
+    def __init__(self, end: socket.socket, device: Device, complain: Callable[[str], None]) -> None:
         self._end = end
+        self._complain = complain
         self._reader = Reader(end)
         self.device = device
 
@@ -237,7 +254,7 @@ class _Connection:
         except (EOFError, ConnectionError):
             return False
         except (ProtocolError, OSError) as error:
-            _log(syslog.LOG_WARNING, f"a vhost-user front-end is left alone: {error}")
+            self._complain(f"a vhost-user front-end is left alone: {error}")
             return False
         return True
 
@@ -250,10 +267,6 @@ class _Connection:
 
 def _is_readable(descriptor: int, wait_s: float) -> bool:
     return bool(select.select([descriptor], [], [], wait_s)[0])
-
-
-def _log(level: int, text: str) -> None:
-    syslog.syslog(level, text)
 
 
 if __name__ == "__main__":
