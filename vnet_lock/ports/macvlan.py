@@ -8,8 +8,7 @@ from vnet_lock.combination import Backend, Policy
 from vnet_lock.model import Intent, Mode, Nic, PciAddress
 from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened
-from vnet_lock.journal import MadeLink
-from vnet_lock.ports.macvtap import ALIAS, link_name, open_macvtap, random_mac
+from vnet_lock.ports.macvtap import open_macvlan, open_macvtap, random_mac
 
 _MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 
@@ -38,21 +37,11 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
 
 
 def open_port(job: Job) -> Opened:
-    """Make the macvtap, or for a packet socket the macvlan in a namespace of its own."""
+    """Make the macvtap, or for a packet socket the macvlan."""
     nic = next(nic for nic in job.inventory.nics if job.inventory.resource_of(nic) == job.device)
-    if job.assignment.combination and job.assignment.combination.backend.has_socket:
-        from vnet_lock.kernel import netlink
-        from vnet_lock.kernel.netns import make_namespace
-
-        opened = Opened(mac=job.intent.mac or random_mac(), netns=make_namespace(job.settings))
-        opened.netdev = link_name(job.token)
-        job.journal((MadeLink(opened.netdev, opened.netdev, ALIAS + job.token),))
-        netlink.add_macvlan(
-            opened.netdev, nic.netdev, _MODES[job.intent.policy], str(opened.mac), ALIAS + job.token,
-            opened.netns or -1,
-        )  # fmt: skip
-        return opened
-    return open_macvtap(job, nic.netdev, _MODES[job.intent.policy], job.intent.mac or random_mac())
+    combination = job.assignment.combination
+    make = open_macvlan if combination and combination.backend.has_socket else open_macvtap
+    return make(job, nic.netdev, _MODES[job.intent.policy], job.intent.mac or random_mac())
 
 
 def find_nic(dev: str, situation: Situation) -> Nic | None:
