@@ -31,6 +31,9 @@ NO_OFFLOADS = ",".join(
 TRANSFER = 6_000_000
 
 
+pytestmark = pytest.mark.timeout(900)
+
+
 @dataclass(slots=True)
 class Machine:
     """A guest on the wire, and what a test does with it."""
@@ -55,7 +58,7 @@ class Machine:
         assert (receiver.sum, receiver.size) != ("", 0)
         assert self.run(f"md5sum </tmp/sent | grep -q {receiver.sum}") == "0"
         assert receiver.size == TRANSFER
-        sent = self.wire.send(TRANSFER)
+        sent = self.wire.send(os.urandom(TRANSFER))
         assert (
             self.run(f"nc {ADDRESS} 5001 </dev/null >/tmp/got; md5sum </tmp/got | grep -q {sent.sum}") == "0"
         )
@@ -97,7 +100,7 @@ def machine(directory: Path, *words: str, net: str = NET, nic: str = NIC) -> Ite
             program=["vnet-qemu", "qemu-system-x86_64"],
             ip=f"{GUEST}/24", ping=ADDRESS, more="memhp_default_state=online",
         )  # fmt: skip
-        assert made.console.ready()["ping"] == "3/3", made.said
+        assert made.console.ready(READY_S * 3)["ping"] == "3/3", made.said
         yield Machine(made, wire, directory / "qmp")
     finally:
         print(made.said)
@@ -157,7 +160,7 @@ def test_a_guest_that_is_reset_finds_its_network_again(one: Machine) -> None:
     one.qmp("set-action", reboot="reset")
     one.qmp("system_reset")
     console = one.guest.console
-    wait_until(lambda: console.text.count("VNET-GUEST ready") == 2, "it booted again", READY_S)
+    wait_until(lambda: console.text.count("VNET-GUEST ready") == 2, "it booted again", READY_S * 3)
     assert console.text.splitlines()[-1].endswith("ping=3/3")
     assert back_ends() == before
     one.check_transfers()
@@ -221,7 +224,7 @@ def test_a_vf_in_a_namespace_of_its_own_carries_packets(lab: Nic, guests: Guests
         )  # fmt: skip
         for descriptor in connection.kept:
             os.close(descriptor)
-        assert made.console.ready()["ping"] == "3/3"
+        assert made.console.ready(READY_S * 3)["ping"] == "3/3"
         made.kill()
         made.wait()
         wait_until(lambda: not back_ends(), "the back-end is gone")

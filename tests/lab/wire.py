@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
+import json
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +35,12 @@ class Wire:
         run("ip", "link", "set", NETDEV, "up")
         self.ip("address", "add", f"{ADDRESS}/24", "dev", PEER)
         self.ip("link", "set", PEER, "up")
+
+    @property
+    def mac(self) -> str:
+        """The peer's MAC."""
+        told = run("ip", "-n", _NAMESPACE, "-j", "link", "show", "dev", PEER).stdout
+        return str(json.loads(told)[0]["address"])
 
     def close(self) -> None:
         """Take it away."""
@@ -62,9 +69,9 @@ class Wire:
         """Take what a guest sends to port 5000."""
         return Transfer(self.inside(lambda: _listen(5000)), None)
 
-    def send(self, size: int) -> Transfer:
-        """Give so many random bytes to whoever connects to port 5001."""
-        return Transfer(self.inside(lambda: _listen(5001)), os.urandom(size))
+    def send(self, data: bytes) -> Transfer:
+        """Give these bytes to whoever connects to port 5001, and wait until he closes."""
+        return Transfer(self.inside(lambda: _listen(5001)), data)
 
 
 class Transfer:
@@ -75,6 +82,7 @@ class Transfer:
         self._data = data
         self._digest = hashlib.md5(data or b"", usedforsecurity=False)
         self.size = len(data or b"")
+        self.seconds = 0.0
         self._thread = threading.Thread(target=self._carry, daemon=True)
         self._thread.start()
 
@@ -88,13 +96,15 @@ class Transfer:
     def _carry(self) -> None:
         with self._listener:
             end, _ = self._listener.accept()
+        began = time.monotonic()
         with end:
             if self._data is not None:
                 end.sendall(self._data)
-                return
+                end.shutdown(socket.SHUT_WR)
             while chunk := end.recv(1 << 16):
                 self._digest.update(chunk)
                 self.size += len(chunk)
+        self.seconds = time.monotonic() - began
 
 
 def _listen(port: int) -> socket.socket:
