@@ -26,13 +26,12 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
 
     It ends when the descriptor that QEMU inherits is gone, and the device's namespace with it.
     """
-    del settings
     if opened.netdev is None or opened.netns is None or opened.path is None:
         raise VnetLockError(f"{intent.interface}: {combination.text} has no device to open")
     from vnet_lock.datapath import launch
 
     with ExitStack() as stack:
-        listener = stack.enter_context(_listen(opened.path))
+        listener = stack.enter_context(listen(opened.path))
         queues = [
             stack.enter_context(one) for one in _open_queues(opened.netns, opened.netdev, intent.queues)
         ]
@@ -41,7 +40,7 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
         try:
             launch.start(
                 "vhost_user",
-                [],
+                [f"{settings.dev}/vhost-net"],
                 {
                     "listener": listener.fileno(),
                     "life": life,
@@ -55,7 +54,7 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
     return Connection(combination, opened.mac, netdev=opened.netdev, path=opened.path, kept=(kept,))
 
 
-def _listen(path: str) -> socket.socket:
+def listen(path: str) -> socket.socket:
     """A unix socket that we alone may connect to, from its first moment on."""
     listener = socket.socket(socket.AF_UNIX)
     try:

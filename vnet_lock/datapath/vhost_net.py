@@ -7,8 +7,6 @@ import os
 import struct
 from collections.abc import Sequence
 
-from vnet_lock.settings import Settings
-
 _SET_OWNER = 0xAF01
 _GET_FEATURES, _SET_FEATURES = 0x8008AF00, 0x4008AF00
 _SET_MEM_TABLE = 0x4008AF03
@@ -35,9 +33,9 @@ class VhostNet:
         self._descriptor = descriptor
 
     @classmethod
-    def open(cls, settings: Settings) -> VhostNet:
-        """A new device, which nobody owns yet."""
-        return cls(os.open(f"{settings.dev}/vhost-net", os.O_RDWR | os.O_CLOEXEC))
+    def open(cls, path: str) -> VhostNet:
+        """A new device, by vhost-net's node, which nobody owns yet."""
+        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC))
 
     def close(self) -> None:
         """Let go of it: its rings stop, and its thread ends."""

@@ -1,6 +1,6 @@
 """The vhost-user back-end of one guest: a monitor, and the worker that it starts again whenever that ends.
 
-    python -I -m vnet_lock.datapath.vhost_user --listener=FD --life=FD --netns=FD --queue=FD... --ready=FD
+    python -m vnet_lock.datapath.vhost_user NODE --listener=FD --life=FD --queue0=FD... --netns=FD --ready=FD
 
 The worker hands the guest's memory and rings to /dev/vhost-net with a packet socket for each pair of rings:
 no packet comes through this program. It serves one front-end, the connection that sets the owner, until
@@ -31,7 +31,6 @@ from vnet_lock.datapath.vhost_device import Device, Kernel, Packets, offered_fea
 from vnet_lock.datapath.vhost_message import ProtocolError, Reader, reply
 from vnet_lock.datapath.vhost_net import VhostNet
 from vnet_lock.kernel.netns import enter
-from vnet_lock.settings import DEFAULT, Settings
 
 # A worker that ended sooner is started again only after that long.
 _PAUSE_S = 1.0
@@ -43,8 +42,9 @@ _PR_SET_NO_NEW_PRIVS = 38
 
 @dataclass(slots=True)
 class Inherited:
-    """What we were started with."""
+    """What we were started with; ``node`` is vhost-net's."""
 
+    node: str
     listener: int = -1
     life: int = -1
     netns: int = -1
@@ -53,9 +53,9 @@ class Inherited:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Inherited:
-        """Of ``--NAME=FD`` words; ``--queueN`` once for each pair of rings, in order."""
-        found = cls()
-        for word in words:
+        """The node, then ``--NAME=FD`` words; ``--queueN`` once for each pair of rings, in order."""
+        found = cls(words[0])
+        for word in words[1:]:
             name, _, number = word.removeprefix("--").partition("=")
             if name.startswith("queue"):
                 found.queues.append(int(number))
@@ -72,9 +72,9 @@ def main() -> None:
         if inherited.netns >= 0:
             enter(inherited.netns)
             os.close(inherited.netns)
-        monitor = Monitor(DEFAULT, inherited)
+        monitor = Monitor(inherited)
     except OSError as error:
-        report_ready(inherited.ready, f"{error.filename or 'vhost-net'}: {error.strerror}")
+        report_ready(inherited.ready, f"{error.filename or inherited.node}: {error.strerror}")
         return
     report_ready(inherited.ready)
     monitor.run()
@@ -83,12 +83,12 @@ def main() -> None:
 class Monitor:
     """Holds what must outlive a worker: the packet sockets, with them the namespace, and the listener."""
 
-    def __init__(self, settings: Settings, inherited: Inherited) -> None:
-        self._settings = settings
+    def __init__(self, inherited: Inherited) -> None:
+        self._node = inherited.node
         self._life = inherited.life
         self._listener = socket.socket(fileno=inherited.listener)
         self._packets = PacketQueues([socket.socket(fileno=number) for number in inherited.queues])
-        probe = VhostNet.open(settings)
+        probe = VhostNet.open(self._node)
         self._features = probe.read_features()
         probe.close()
 
@@ -111,7 +111,7 @@ class Monitor:
 
     def _fork_worker(self) -> int:
         """A worker; only we may open vhost-net, so it gets what it needs of that."""
-        kernels = [VhostNet.open(self._settings) for _ in range(self._packets.pairs)]
+        kernels = [VhostNet.open(self._node) for _ in range(self._packets.pairs)]
         pid = os.fork()
         if pid == 0:
             worker = Worker(

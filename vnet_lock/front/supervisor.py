@@ -259,11 +259,11 @@ def _at_sockets(guest: Guest, connections: Iterable[Connection]) -> list[tuple[s
 
     if guest.argv.run_as is not None:
         for path in paths:
-            os.chown(path, _uid_of(guest.argv.run_as), -1, follow_symlinks=False)
+            os.chown(path, uid_of(guest.argv.run_as), -1, follow_symlinks=False)
     return [reconnect_words(guest.path)]
 
 
-def _uid_of(user: str) -> int:
+def uid_of(user: str) -> int:
     """As QEMU's -runas reads it: a name, or UID:GID (os_parse_runas_uid_gid)."""
     import pwd
 
