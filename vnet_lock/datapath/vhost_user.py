@@ -23,6 +23,7 @@ import syslog
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from vnet_lock.datapath.launch import report_ready
@@ -96,32 +97,44 @@ class Monitor:
         """Have a worker until the guest ends."""
         while True:
             began = time.monotonic()
-            pid = self._fork_worker()
-            ended = self._wait(pid)
-            if ended is None:
-                return
-            if ended:
-                how = f"signal {-ended}" if ended < 0 else f"status {ended}"
-                syslog.syslog(
-                    syslog.LOG_ERR, f"the guest's vhost-user back-end ended with {how}; starting it again"
-                )
+            try:
+                pid = self._fork_worker()
+            except OSError as error:
+                _log_error(f"the guest's vhost-user back-end can't be started: {error}; trying again")
+                self._turn_away()
+            else:
+                status = self._wait(pid)
+                if status is None:
+                    return
+                if status:
+                    how = f"signal {-status}" if status < 0 else f"status {status}"
+                    _log_error(f"the guest's vhost-user back-end ended with {how}; starting it again")
             pause = _PAUSE_S - (time.monotonic() - began)
             if pause > 0 and _is_readable(self._life, pause):
                 return
 
     def _fork_worker(self) -> int:
         """A worker; only we may open vhost-net, so it gets what it needs of that."""
-        kernels = [VhostNet.open(self._node) for _ in range(self._packets.pairs)]
-        pid = os.fork()
-        if pid == 0:
-            worker = Worker(
-                self._listener, self._life, self._packets, kernels, kernel_features=self._features,
-                complain=lambda text: syslog.syslog(syslog.LOG_WARNING, text),
-            )  # fmt: skip
-            _run_worker(worker)
-        for kernel in kernels:
-            kernel.close()
-        return pid
+        with ExitStack() as stack:
+            kernels = []
+            for _ in range(self._packets.pairs):
+                kernels.append(VhostNet.open(self._node))
+                stack.callback(kernels[-1].close)
+            pid = os.fork()
+            if pid == 0:
+                worker = Worker(
+                    self._listener, self._life, self._packets, kernels, kernel_features=self._features,
+                    complain=lambda text: syslog.syslog(syslog.LOG_WARNING, text),
+                )  # fmt: skip
+                _run_worker(worker)
+            return pid
+
+    def _turn_away(self) -> None:
+        """QEMU stands still while it waits for an answer: who is connected already gets an end instead."""
+        self._listener.setblocking(False)
+        with suppress(OSError):
+            while True:
+                self._listener.accept()[0].close()
 
     def _wait(self, pid: int) -> int | None:
         """The worker's exit status, negative for a signal; None where the guest ended, and it was ended."""
@@ -147,7 +160,7 @@ def _run_worker(worker: Worker) -> None:
         status = worker.run()
     except Exception:
         for line in traceback.format_exc().splitlines():
-            syslog.syslog(syslog.LOG_ERR, line)
+            _log_error(line)
     finally:
         os._exit(status)
 
@@ -263,6 +276,10 @@ class _Connection:
         self.device.close()
         self._reader.close()
         self._end.close()
+
+
+def _log_error(text: str) -> None:
+    syslog.syslog(syslog.LOG_ERR, text)
 
 
 def _is_readable(descriptor: int, wait_s: float) -> bool:
