@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import select
 import socket
@@ -96,7 +97,8 @@ class FrontEnd:
     def say(self, request: int, data: bytes = b"", fds: Sequence[int] = (), flags: int = 1) -> None:
         message = struct.pack("=III", request, flags, len(data)) + data
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self.socket.sendmsg([message], rights)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # dropped already
+            self.socket.sendmsg([message], rights)
 
     def ask(self, request: int, data: bytes = b"", fds: Sequence[int] = (), flags: int = 1) -> bytes:
         self.say(request, data, fds, flags)

@@ -214,8 +214,8 @@ class Device:
             for index in range(len(self._rings)):
                 self._stopped(index)
             kernels = features & _OF_KERNEL
-            # Also for a guest that takes no offloads: a checksum that a local peer left to be made is known by
-            # the header alone, and Linux heeds one that it didn't ask for.
+            # Also for a guest that takes no offloads: a checksum that a local peer left to be made is known
+            # by the header alone, and Linux heeds one that it didn't ask for.
             if self._packets.has_header:
                 self._packets.set_header(12 if features & (_MRG_RXBUF | _VERSION_1) else 10)
             else:
