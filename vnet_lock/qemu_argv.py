@@ -57,6 +57,8 @@ class QemuArgv:
     name: str | None
     daemonize: bool
     pidfile: str | None
+    # The user that QEMU becomes once it has opened everything.
+    run_as: str | None = None
 
     @property
     def intents(self) -> tuple[Intent, ...]:
@@ -85,6 +87,7 @@ def read_argv(args: Sequence[str]) -> QemuArgv:
         name=Properties.parse(last["name"], "guest").get("guest") if "name" in last else None,
         daemonize=any(option.name == "daemonize" for option in options),
         pidfile=last.get("pidfile"),
+        run_as=last.get("runas") or Properties.parse(last.get("run-with", ""), "").get("user"),
     )
 
 

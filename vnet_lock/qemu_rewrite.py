@@ -11,6 +11,7 @@ from typing import Protocol, assert_never
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.model import Intent, PciAddress
 from vnet_lock.qemu_argv import Host, Nic, QemuArgv
+from vnet_lock.qemu_memory import share_memory
 from vnet_lock.qemu_words import NETWORKS, Option, Properties
 
 # Properties that every PCI device of QEMU has: they stay when a NIC becomes vfio-pci.
@@ -19,6 +20,8 @@ _PCI_KEYS = (
 )
 # Networks that -net doesn't know: they are -netdev always, and the NIC of -net is put on them by their id.
 _NETDEV_ONLY = (Backend.SOCKET, Backend.SOCKET_VHOST, Backend.PASST)
+# How a QEMU that has the newer word (since 9.2) comes back to a back-end that ended, and how an older one.
+RECONNECT_MS, RECONNECT_S = ("reconnect-ms", 500), ("reconnect", 1)
 
 
 class Connected(Protocol):
@@ -38,12 +41,20 @@ class Connected(Protocol):
     def path(self) -> str | None: ...  # noqa: D102
 
 
-def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
+def rewrite(
+    argv: QemuArgv, connections: Mapping[str, Connected], reconnect: tuple[str, int] = RECONNECT_MS
+) -> list[str]:
     """QEMU's arguments, without the program, with every ``host`` network as what QEMU knows.
 
-    ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word.
+    ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word; only
+    the guest's memory becomes shared where a network takes that. BadInput where it can't be.
     """
     made: dict[int, list[str]] = {}
+    before: tuple[str, ...] = ()
+    if any(connection.path is not None for connection in connections.values()):
+        memory = share_memory(argv.options)
+        before = memory.more
+        made = {at: list(words) for at, words in memory.changed.items()}
     for host in argv.hosts:
         connection = connections[host.intent.interface]
         made.setdefault(host.at, [])
@@ -58,7 +69,8 @@ def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
             nic = _on_netdev(host)
         elif argv.options[host.at].name == "nic":
             word = "-netdev"
-        made[host.at].extend([*_chardev(host, connection), word, network(host.intent, connection).text])
+        made[host.at].extend(_chardev(host, connection, reconnect))
+        made[host.at].extend([word, network(host.intent, connection).text])
         if nic:
             name = "-device" if nic.at == host.at else argv.options[nic.at].words[0]
             made.setdefault(nic.at, []).extend([name, _device(nic, host.intent, connection).text])
@@ -67,7 +79,8 @@ def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
     if argv.hosts and not left & {*NETWORKS, "nodefaults"}:
         # Without a network on its command line QEMU makes one of its own, with a NIC.
         made[argv.hosts[0].at][:0] = ["-nic", "none"]
-    return [word for at, option in enumerate(argv.options) for word in made.get(at, option.words)]
+    rest = [word for at, option in enumerate(argv.options) for word in made.get(at, option.words)]
+    return [*before, *rest]
 
 
 def network(intent: Intent, connection: Connected) -> Properties:
@@ -98,11 +111,11 @@ def network(intent: Intent, connection: Connected) -> Properties:
             assert_never(never)
 
 
-def _chardev(host: Host, connection: Connected) -> list[str]:
+def _chardev(host: Host, connection: Connected, reconnect: tuple[str, int]) -> list[str]:
     """What a network needs before it on the command line: for vhost-user, the way to its back-end."""
     if connection.path is None:
         return []
-    items = (("backend", "socket"), ("id", _chardev_id(host.intent)), ("path", connection.path))
+    items = (("backend", "socket"), ("id", _chardev_id(host.intent)), ("path", connection.path), reconnect)
     return ["-chardev", Properties(items).text]
 
 

@@ -118,6 +118,6 @@ class Properties:
         words = []
         for at, (key, value) in enumerate(self.items):
             shown = ("on" if value else "off") if isinstance(value, bool) else str(value).replace(",", ",,")
-            is_implied = at == 0 and key in ("type", "driver", "backend") and "=" not in shown
+            is_implied = at == 0 and key in ("type", "driver", "backend", "qom-type") and "=" not in shown
             words.append(key if value is None else shown if is_implied else f"{key}={shown}")
         return ",".join(words)

@@ -17,7 +17,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import Backend, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, share_key
+from vnet_lock.journal import Entry, SocketFile, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -155,6 +155,9 @@ class Session:
         if backend is None:
             raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
         try:
+            if combination.backend is Backend.SOCKET_VHOST:
+                grant.opened.path = self.settings.socket_path(grant.token)
+                self._journal_of(grant.token)((SocketFile(grant.opened.path),))
             connection = backend.connect(self.settings, intent, grant.opened, combination)
         finally:
             grant.close()

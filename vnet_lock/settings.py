@@ -58,6 +58,10 @@ class Settings:
         """The lock under which the claim table is read and written."""
         return self.run + "/guard"
 
+    def socket_path(self, token: str) -> str:
+        """Where a guest's QEMU finds the network of a claim."""
+        return f"{self.run}/vhost-{token}.sock"
+
     def pf_lock_path(self, pci: str) -> str:
         """The lock under which a PF, and its VFs through it, are written."""
         return f"{self.run}/pf-{pci}.lock"

@@ -9,11 +9,14 @@ import re
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
 MODULES = ("virtio_pci", "virtio_net", "igbvf", "igb", "e1000", "e1000e")
+# There, but loaded only by who wants to measure.
+MORE_MODULES = ("pktgen",)
 
 
 class BuildError(Exception):
@@ -52,14 +55,14 @@ def build(cache: Path = TOP / ".lab") -> Image:
     busybox = shutil.which("busybox", path="/bin:/usr/bin:/sbin:/usr/sbin")
     if not busybox:
         raise BuildError("no busybox: run tests/setup")
-    modules = _modules(release)
+    modules, more = _modules(release, MODULES), _modules(release, MORE_MODULES)
     digest = hashlib.sha256(release.encode())
     for path in (Path(__file__), _INIT, Path(busybox)):
         digest.update(path.read_bytes())
     cache.mkdir(parents=True, exist_ok=True)
     initrd = cache / f"guest-{release}-{digest.hexdigest()[:16]}.cpio"
     if not initrd.exists():
-        _write(initrd, _archive(busybox, modules))
+        _write(initrd, _archive(busybox, modules, more))
     plain = cache / f"vmlinux-{release}"
     if not plain.exists() or plain.stat().st_mtime < kernel.stat().st_mtime:
         _write(plain, _plain_kernel(release, kernel))
@@ -94,10 +97,10 @@ def _plain_kernel(release: str, kernel: Path) -> bytes:
 _INIT = Path(__file__).with_name("guest-init")
 
 
-def _modules(release: str) -> list[Path]:
+def _modules(release: str, wanted: Sequence[str]) -> list[Path]:
     """The files of the modules and of what they need, in the order of loading; none for what is built in."""
     found: dict[Path, None] = {}
-    for name in MODULES:
+    for name in wanted:
         argv = ["/sbin/modprobe", "-S", release, "--show-depends", name]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -106,6 +109,10 @@ def _modules(release: str) -> list[Path]:
             Path(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("insmod ")
         )
     return list(found)
+
+
+def _plain_name(path: Path) -> str:
+    return path.name.partition(".")[0] + ".ko"
 
 
 def _unpacked(path: Path) -> bytes:
@@ -117,7 +124,7 @@ def _unpacked(path: Path) -> bytes:
     return data
 
 
-def _archive(busybox: str, modules: list[Path]) -> bytes:
+def _archive(busybox: str, modules: list[Path], more: list[Path]) -> bytes:
     """The initial file system, as the cpio "newc" format that the kernel reads."""
     parts: list[bytes] = []
 
@@ -130,9 +137,8 @@ def _archive(busybox: str, modules: list[Path]) -> bytes:
         add(directory, 0o40755)
     add("bin/busybox", 0o100755, Path(busybox).read_bytes())
     add("init", 0o100755, _INIT.read_bytes())
-    names = [path.name.partition(".")[0] + ".ko" for path in modules]
-    add("modules/order", 0o100644, "".join(f"{name}\n" for name in names).encode())
-    for name, path in zip(names, modules, strict=True):
-        add(f"modules/{name}", 0o100644, _unpacked(path))
+    add("modules/order", 0o100644, "".join(f"{_plain_name(path)}\n" for path in modules).encode())
+    for path in dict.fromkeys((*modules, *more)):
+        add(f"modules/{_plain_name(path)}", 0o100644, _unpacked(path))
     add("TRAILER!!!", 0)
     return b"".join(parts)

@@ -30,12 +30,15 @@ TAP = Connection(Combination.parse("vepa-macvlan-tap"), MAC, (3,))
 VHOST = Connection(Combination.parse("vepa-macvlan-tap+vhost"), MAC, (3,), (4,))
 QUEUES = Connection(Combination.parse("vepa-macvlan-tap+vhost"), MAC, (3, 4), (5, 6))
 VFIO = Connection(Combination.parse("veb-sriov-vfio"), MAC, pci=PciAddress.parse("0000:01:10.0"))
+VHOST_USER = Connection(Combination.parse("vepa-macvlan-socket+vhost"), MAC, path="/run/a,b")
 SHOWN = Connection(TAP.combination, MAC, ("<tap:net0>",))
 
 HOST = "-netdev host,id=net0,mode=vepa,dev=eth0"
 DEVICE = "-device virtio-net-pci,netdev=net0,id=n0,bus=pci.1,addr=3"
 J = '{"driver":"virtio-net-pci","netdev":"net0","id":"n0","bus":"pci.1"}'
 JSON = '{"type":"host","id":"net0","mode":"vepa","dev":["eth0","eth1"],"queues":2}'
+SHARED = "-object memory-backend-memfd,id=shared-ram0,size=64M,share=on -machine memory-backend=shared-ram0"
+CHARDEV = "-chardev socket,id=net0-vhost,path=/run/a,,b,reconnect-ms=500"
 
 GOLDEN = [
     # what the user wrote, the connection, what QEMU gets
@@ -155,6 +158,23 @@ GOLDEN = [
         f"{HOST} -net nic,netdev=net0,model=virtio",
         TAP,
         f"-netdev tap,id=net0,fd=3 -net nic,netdev=net0,model=virtio,macaddr={MAC}",
+    ),
+    # vhost-user: the guest's memory is shared
+    (
+        f"-M q35 -m 64 {HOST},queues=2 {DEVICE}",
+        VHOST_USER,
+        (
+            f"{SHARED} -M q35 -m 64 {CHARDEV} -netdev vhost-user,id=net0,chardev=net0-vhost,queues=2"
+            f" {DEVICE},mac={MAC},mq=on,vectors=6"
+        ),
+    ),
+    (
+        f"-object memory-backend-ram,id=m,size=64M {HOST} -M memory-backend=m",
+        VHOST_USER,
+        (
+            f"-object memory-backend-memfd,id=m,size=64M,share=on {CHARDEV}"
+            " -netdev vhost-user,id=net0,chardev=net0-vhost -M memory-backend=m"
+        ),
     ),
     # words that only look like ours
     ("-append host,mode=vepa -netdev user,id=host -name host", TAP, None),
@@ -324,3 +344,30 @@ def test_splitting_a_line_loses_no_word(line):
 )
 def test_properties_are_written_as_they_were_read(text):
     assert Properties.parse(text, "driver").text == text
+
+
+def test_an_older_qemu_is_told_to_connect_again_in_its_own_words():
+    argv = read_argv(shlex.split(f"-m 64 {HOST}"))
+    made = rewrite(argv, {"net0": VHOST_USER}, ("reconnect", 1))
+    assert "socket,id=net0-vhost,path=/run/a,,b,reconnect=1" in made
+
+
+def test_memory_that_cannot_be_shared_is_refused_only_where_it_has_to_be():
+    argv = read_argv(shlex.split(f"-numa node,mem=64 {HOST}"))
+    assert rewrite(argv, {"net0": TAP})
+    with pytest.raises(BadInput, match="memdev=node0"):
+        rewrite(argv, {"net0": VHOST_USER})
+
+
+@pytest.mark.parametrize(
+    ("line", "user"),
+    [
+        ("-S", None),
+        ("-runas qemu", "qemu"),
+        ("-run-with user=64055:106", "64055:106"),
+        ("-run-with async-teardown=on", None),
+        ("-run-with chroot=/x,user=qemu", "qemu"),
+    ],
+)
+def test_the_user_that_qemu_becomes_is_known(line, user):
+    assert read_argv(line.split()).run_as == user

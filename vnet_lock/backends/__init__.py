@@ -23,7 +23,8 @@ class Connection:
     """What one interface's words on QEMU's command line are made of.
 
     ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone, ``path``, a
-    unix socket, for socket+vhost.
+    unix socket, for socket+vhost. QEMU inherits ``kept`` without knowing of it: what serves the guest ends
+    with its last holder.
     """
 
     combination: Combination
@@ -33,11 +34,12 @@ class Connection:
     pci: PciAddress | None = None
     netdev: str | None = None
     path: str | None = None
+    kept: tuple[int, ...] = ()
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All that the caller owns, in the order in which they are handed on."""
-        return (*self.fds, *self.vhost_fds)
+        return (*self.fds, *self.vhost_fds, *self.kept)
 
 
 def find(backend: Backend) -> ModuleType | None:

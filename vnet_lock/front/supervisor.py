@@ -11,11 +11,11 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from vnet_lock.errors import Unsupported, VnetLockError
+from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.command import print_error
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
 from vnet_lock.model import Owner, OwnerKind, Process, Request
@@ -225,7 +225,7 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
             connection = session.connect(grant)
             opened += connection.descriptors
             connections[grant.assignment.request.interface] = connection
-        args = rewrite(guest.argv, connections)
+        args = rewrite(guest.argv, connections, *_at_sockets(guest, connections.values()))
         if guest.argv.daemonize and not guest.argv.pidfile:
             args = [*args, "-pidfile", guest.pidfile(settings, os.getpid())]
         for descriptor in opened:
@@ -242,6 +242,35 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
         except VnetLockError as error:
             print_error(PROGRAM, error)
         raise
+
+
+def _at_sockets(guest: Guest, connections: Iterable[Connection]) -> list[tuple[str, int]]:
+    """What a QEMU with unix sockets to connect to needs: its user may do so, again and again.
+
+    The first time it does as the user that it is started by, later as the one that it became.
+    """
+    paths = [connection.path for connection in connections if connection.path is not None]
+    if not paths:
+        return []
+    from vnet_lock.front.qemu_features import reconnect_words
+
+    if guest.argv.run_as is not None:
+        for path in paths:
+            os.chown(path, uid_of(guest.argv.run_as), -1, follow_symlinks=False)
+    return [reconnect_words(guest.path)]
+
+
+def uid_of(user: str) -> int:
+    """As QEMU's -runas reads it: a name, or UID:GID (os_parse_runas_uid_gid)."""
+    import pwd
+
+    uid, colon, gid = user.partition(":")
+    if colon and uid.isdecimal() and gid.isdecimal():
+        return int(uid)
+    try:
+        return pwd.getpwnam(user).pw_uid
+    except KeyError as error:
+        raise BadInput(f'QEMU is to become user "{user}", who isn\'t here') from error
 
 
 def become(guest: Guest, args: Sequence[str]) -> NoReturn:

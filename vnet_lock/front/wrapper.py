@@ -33,7 +33,7 @@ Runs QEMU with its host networks opened, and claimed for as long as it runs:
   mode=veb|vepa|private|nat|route    who may talk to whom (bridge is another word for veb)
   dev=DEVICE                         a network device or a PCI address; several dev= are tried in their order
   port=sriov|macvlan|bridge|...      what the guest's port is; the best of what mode allows, if not given
-  protocols=A:B:...                  how QEMU is connected: tap, vhost (tap with vhost-net), vfio
+  protocols=A:B:...                  how QEMU is connected: tap, socket, vhost (these with vhost-net), vfio
   mac=MAC  vlan=ID  queues=N
 
 PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.
@@ -203,4 +203,9 @@ def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) 
         if isinstance(result, Refusal):
             raise error_of(result)
         connections = {one.request.interface: Shown.of(one) for one in result.assignments}
-    print(shlex.join([command.program, *rewrite(argv, connections)]))
+    reconnect = []
+    if any(one.path for one in connections.values()):
+        from vnet_lock.front.qemu_features import reconnect_words
+
+        reconnect = [reconnect_words(command.program)]
+    print(shlex.join([command.program, *rewrite(argv, connections, *reconnect)]))

@@ -44,7 +44,8 @@ def open_queues(
     except OSError as error:
         for one in opened:
             one.close()
-        if error.errno in (errno.ENODEV, errno.ENXIO):
+        # if_nametoindex says it without a number.
+        if error.errno in (errno.ENODEV, errno.ENXIO, None):
             raise Vanished(f"there is no network device {netdev} (any more)") from error
         if error.errno in (errno.EPERM, errno.EAFNOSUPPORT):
             raise Unsupported(f"no packet socket on {netdev}: {error.strerror}; run as root") from error

@@ -28,13 +28,15 @@ class Opened:
     """What a port made for the guest: a link, or a PCI function for VFIO; neither for a user network.
 
     The link is in the network namespace that the descriptor ``netns`` keeps, in this one without. A
-    namespace has no name and no process: it goes with the last descriptor of it, or socket in it.
+    namespace has no name and no process: it goes with the last descriptor of it, or socket in it. ``path``
+    is where a backend that needs one may have a unix socket; it is in the claim's journal.
     """
 
     netdev: str | None = None
     mac: str | None = None
     pci: PciAddress | None = None
     netns: int | None = None
+    path: str | None = None
 
     def close(self) -> None:
         """Let go of the namespace; whoever has opened something in it keeps it."""
