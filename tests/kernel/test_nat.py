@@ -93,7 +93,7 @@ def order(console: Path, number: int, words: str) -> str:
     with socket.socket(socket.AF_UNIX) as channel:
         channel.connect(str(console))
         channel.sendall(f"{number} {words}\n".encode())
-        return wait_for_line(Path(f"{console}.log"), rf"VNET-GUEST answer id={number} (\S+)")[1]
+        return wait_for_line(Path(f"{console}.log"), rf"VNET-GUEST answer id={number} (\S+)\s")[1]
 
 
 @pytest.fixture
