@@ -160,6 +160,13 @@ def test_the_table_is_made_in_one_transaction_and_removed_in_one(only: Path) -> 
     assert (only / "args").read_text() == "-f -\n-f -\n"
 
 
+@pytest.mark.parametrize("name", ['a"b', "eth*", "a;b", "a\\b", "a{b"])
+def test_a_device_whose_name_would_be_more_than_a_name_to_nft_is_refused(only: Path, name: str) -> None:
+    put(only, "nft", "exit 0")
+    with pytest.raises(Unsupported, match="can't be named"):
+        nftables.make_table("vlnat5", "10.177.0.0/24", name)
+
+
 def test_a_program_that_fails_is_quoted_in_one_line(only: Path) -> None:
     put(only, "nft", 'echo "/dev/stdin:1:1-5: Error: syntax error" >&2; echo "table x" >&2; exit 1')
     with pytest.raises(VnetLockError, match=r"^nft failed: .*syntax error$"):

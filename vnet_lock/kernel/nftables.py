@@ -6,14 +6,23 @@ dropped (an accept here ends nothing there).
 
 from __future__ import annotations
 
+import re
+
+from vnet_lock.errors import Unsupported
 from vnet_lock.kernel import programs
+
+# A device's name may be nearly anything: a quote would end nft's string, an asterisk be any end.
+_PLAIN = re.compile(r"[A-Za-z0-9_.@-]+")
 
 
 def make_table(bridge: str, subnet: str, uplink: str | None) -> None:
     """Hide ``subnet`` (10.0.0.0/24) behind the host's addresses; made anew where it is there already.
 
     What comes from the bridge leaves by ``uplink`` alone, or by any other device where that is None.
+    Unsupported where that has a name that nft's language has no words for.
     """
+    if uplink and not _PLAIN.fullmatch(uplink):
+        raise Unsupported(f"{uplink!r} can't be named in a rule of nft's; give it a plain name: ip link set")
     programs.run("nft", "-f", "-", text=_absent(bridge) + _table(bridge, subnet, uplink))
 
 

@@ -49,13 +49,11 @@ def open_port(job: Job) -> Opened:
     from vnet_lock.kernel import bridges, netlink, sysfs
 
     bridge = job.device.name
-    with job.sharing() as share:
-        if _is_ours(job, bridge):
-            _make_bridge(job, share, bridge)
-            if job.intent.policy is Policy.NAT and _IS_NAT.fullmatch(bridge):
-                from vnet_lock.ports import nat  # only here: nft, and perhaps dnsmasq
-
-                nat.set_up(job, share, bridge, _uplink_of(bridge))
+    if _is_ours(job, bridge):
+        with job.sharing() as share:
+            # Its last guest may have taken it away meanwhile.
+            if _is_ours(job, bridge):
+                _set_up(job, share, bridge)
     tap = make_tap(job)
     netlink.set_master(tap, bridge)
     if job.intent.vlan is not None:
@@ -121,7 +119,7 @@ def _made(name: str) -> tuple[Wanted, ...]:
 
 
 def _is_ours(job: Job, bridge: str) -> bool:
-    """Whether it is one of ours, or isn't there and is ours to make; asked under the host's lock."""
+    """Whether it is one of ours, or isn't there and is ours to make."""
     from vnet_lock.kernel import sysfs
 
     is_named = bridge in job.intent.devs
@@ -136,7 +134,7 @@ def _is_ours(job: Job, bridge: str) -> bool:
     return is_ours
 
 
-def _make_bridge(job: Job, share: Share, bridge: str) -> None:
+def _set_up(job: Job, share: Share, bridge: str) -> None:
     """Make it, or what is missing of it: another guest's start may have ended half-way."""
     from vnet_lock.kernel import netlink, sysfs
 
@@ -147,6 +145,10 @@ def _make_bridge(job: Job, share: Share, bridge: str) -> None:
         netlink.add_bridge(entry.name, random_mac(), entry.alias)
         netlink.rename_link(entry.name, bridge)
     netlink.set_link(bridge, up=True)
+    if job.intent.policy is Policy.NAT and _IS_NAT.fullmatch(bridge):
+        from vnet_lock.ports import nat  # only here: nft, and perhaps dnsmasq
+
+        nat.set_up(job, share, bridge, _uplink_of(bridge))
 
 
 def _uplink_of(bridge: str) -> str | None:
