@@ -181,9 +181,7 @@ def test_a_user_network_leads_out_and_claims_nothing(wire: Wire, uid: int, backe
         # passt takes a default route, so it is QEMU's own network.
         wire.ip("route del default")
     server = call_in(wire.out, lambda: socket.create_server((OUTSIDE if backend == "user" else FAR, 8000)))
-    with server, own_folder(uid) as folder:
-        answering = threading.Thread(target=answer, args=(server,), daemon=True)
-        answering.start()
+    with answering(server), own_folder(uid) as folder:
         image = guest.build()
         console = folder / "c"
         line = [
@@ -192,7 +190,10 @@ def test_a_user_network_leads_out_and_claims_nothing(wire: Wire, uid: int, backe
             *("-serial", "chardev:c", "-kernel", str(image.kernel), "-initrd", str(image.initrd)),
             *("-append", guest.kernel_words(ip="dhcp"), "-netdev", "host,id=net0,mode=nat", *NIC.split()),
         ]
-        with subprocess.Popen([VNET_QEMU, *line], user=uid, group=uid, stdin=subprocess.DEVNULL) as process:
+        # The interpreter and the image may be where only root looks: nobody may read them, and no more.
+        reading = ["--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search"]
+        become = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *reading] if uid else []
+        with subprocess.Popen([*become, VNET_QEMU, *line], stdin=subprocess.DEVNULL) as process:
             try:
                 wait_for_line(Path(f"{console}.log"), r"VNET-GUEST ready nics=1 .*link=up")
                 (qemu,) = children(process.pid)
@@ -230,12 +231,25 @@ def passts() -> list[int]:
     return found
 
 
-def answer(server: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            peer, _ = server.accept()
-            with peer:
-                peer.sendall(b"hello\n")
+@contextlib.contextmanager
+def answering(server: socket.socket) -> Iterator[None]:
+    """Says hello to whoever comes; its thread is gone at the end, as none may be when namespaces are left."""
+
+    def answer() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                peer, _ = server.accept()
+                with peer:
+                    peer.sendall(b"hello\n")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+        server.close()
 
 
 # --- what is made, and what is left ---------------------------------------------------------------
