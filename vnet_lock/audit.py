@@ -7,9 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vnet_lock.journal import SharedLink
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
-from vnet_lock.kernel.marks import read_mark
+from vnet_lock.kernel.marks import PREFIX, read_mark
 from vnet_lock.model import Claim, Claims, Inventory, Mode, Owner, Resource, State, User, Wanted
 from vnet_lock.planning import name_of
 from vnet_lock.rules import conflict, holder_text
@@ -104,7 +105,10 @@ class _Auditor:
         self.findings: list[Finding] = []
         self.known = dict.fromkeys(self._resources())
         self.damaged = claims.damaged
-        self.tokens = {claim.token for claim in claims.records}
+        self.marks = {claim.token for claim in claims.records}
+        # What guests share is known by the journal of each of them.
+        entries = (entry for claim in claims.records for entry in claim.journal)
+        self.marks |= {one.alias.removeprefix(PREFIX) for one in entries if isinstance(one, SharedLink)}
         self.distrusted = {record.resource for record in claims.damaged}
         self.claims: dict[Resource, list[Claim]] = defaultdict(list)
         pfs = {pf.pci for pf in inventory.pfs}
@@ -263,7 +267,7 @@ class _Auditor:
             if nic.kind == "physical":
                 continue
             mark = read_mark(self.settings, nic.netdev)
-            if mark is not None and mark not in self.tokens:
+            if mark is not None and mark not in self.marks:
                 message = (
                     f"device {nic.netdev} was made for a guest, but no claim knows it; "
                     f"if no guest uses it: ip link del {nic.netdev}"

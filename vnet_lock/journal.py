@@ -83,13 +83,29 @@ class Sysctl:
 
 
 @dataclass(frozen=True, slots=True)
+class NatTable:
+    """The nftables table that masquerades what comes from a bridge of ours, made with the bridge."""
+
+    bridge: str
+
+
+@dataclass(frozen=True, slots=True)
+class DhcpServer:
+    """A dnsmasq on a bridge of ours, by its pid and when it started, in clock ticks since boot."""
+
+    bridge: str
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
 class SocketFile:
     """A unix socket in the file system, where the guest's QEMU finds its network."""
 
     path: str
 
 
-Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | SocketFile
+Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | NatTable | DhcpServer | SocketFile
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
     "link": Link,
@@ -97,6 +113,8 @@ _KINDS: dict[str, type[Entry]] = {
     "made-link": MadeLink,
     "shared-link": SharedLink,
     "sysctl": Sysctl,
+    "nat-table": NatTable,
+    "dhcp-server": DhcpServer,
     "socket-file": SocketFile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
@@ -112,6 +130,10 @@ def share_key(entry: Entry) -> str | None:
             return f"link {entry.final}"
         case Sysctl():
             return f"sysctl {entry.name}"
+        case NatTable():
+            return f"nat {entry.bridge}"
+        case DhcpServer():
+            return f"dhcp {entry.bridge} {entry.pid} {entry.start_ticks}"
         case _:
             return None
 

@@ -319,6 +319,7 @@ class Nic:
 
     ``kind`` is what sysfs tells: ``physical``, ``bridge``, ``bond``, ``vlan``, ``macvtap``, ``macvlan``,
     ``tun`` or ``other``. ``lowers`` and ``uppers`` are names of devices directly below and above.
+    ``addresses`` are the host's own on it; ``vlan_filtering`` says that a bridge has VLANs of its own.
     """
 
     netdev: str
@@ -331,6 +332,8 @@ class Nic:
     master: str | None = None
     lowers: tuple[str, ...] = ()
     uppers: tuple[str, ...] = ()
+    addresses: tuple[str, ...] = ()
+    vlan_filtering: bool = False
 
 
 @dataclass(frozen=True, slots=True)

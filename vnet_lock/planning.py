@@ -70,6 +70,8 @@ class Situation:
     stale: frozenset[str] = frozenset()
     lacking: Mapping[Port | Backend, str] = field(default_factory=dict)
     sources: Mapping[Port, Source] = field(default_factory=dict)
+    # Which of the programs that a port may need are here.
+    programs: frozenset[str] = frozenset()
     # Whether what the guest has already stays with it, so that none of it is given to it again.
     beside: bool = False
     # Evidence of use that doesn't count: what libvirt did for a guest that it is starting.

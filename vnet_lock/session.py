@@ -5,6 +5,7 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,11 +15,11 @@ from typing import TypeVar
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
 from vnet_lock.claims import ClaimTable, Writer, new_token
-from vnet_lock.combination import Backend, Port
+from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
 from vnet_lock.journal import Entry, SocketFile, share_key
-from vnet_lock.kernel import processes
+from vnet_lock.kernel import processes, programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
@@ -44,7 +45,7 @@ from vnet_lock.model import (
     Wanted,
 )
 from vnet_lock.planning import Situation, error_of, function_wanted, name_of, nic_wanted, plan
-from vnet_lock.ports import Job, Opened
+from vnet_lock.ports import Job, Opened, Share
 from vnet_lock.settings import DEFAULT, Settings
 
 T = TypeVar("T")
@@ -112,7 +113,9 @@ class Session:
             return ()
         earlier = () if beside else self._undo_earlier(owner)
         try:
-            inventory, reserved = self._reserve(owner, requests, beside)
+            # What takes no claim is for anybody, not only for who can write the table.
+            unclaimed = None if earlier else self._unclaimed(requests, owner)
+            inventory, reserved = unclaimed or self._reserve(owner, requests, beside)
         except BaseException:
             # Nothing is left of it to be used, so nobody else need be kept from it.
             for token in earlier:
@@ -213,6 +216,8 @@ class Session:
 
         Of a libvirt guest only those that the same daemon made: who comes late must not touch a next start's.
         """
+        if os.geteuid() and not self.table.read().of(old):
+            return  # a user network has nothing to hand over, and who isn't root couldn't write it
         with self.table.guarded() as writer:
             for claim in writer.read().records:
                 if claim.owner == old:
@@ -333,10 +338,13 @@ class Session:
         kinship = Kinship(self.settings)
         lacking: dict[Port | Backend, str] = {}
         sources = {}
+        found: set[str] = set()
         if any(isinstance(request, Intent) for request in requests):
-            for backend in Backend:
+            # Only those that are asked for: passt is tried to see whether it can.
+            for backend in _backends_for(requests):
                 module = backends.find(backend)
                 lacking[backend] = module.missing(self.settings) if module else "not built in this version"
+            found = {name for name in ("nft", "dnsmasq") if programs.find(name)}
             sources = {port: module.candidates for port in Port if (module := ports.find(port))}
         return Situation(
             inventory,
@@ -346,7 +354,19 @@ class Session:
             kinship.is_own,
             lacking={what: why for what, why in lacking.items() if why},
             sources=sources,
+            programs=frozenset(found),
         )
+
+    def _unclaimed(
+        self, requests: tuple[Request, ...], owner: Owner
+    ) -> tuple[Inventory, list[tuple[Assignment, str]]] | None:
+        """What each gets, where none of them takes a claim: user networks; None otherwise."""
+        if not all(isinstance(one, Intent) and one.policy is Policy.NAT for one in requests):
+            return None
+        found = self.plan(requests, owner)
+        if not isinstance(found, Plan) or any(assignment.wanted for assignment in found.assignments):
+            return None
+        return Inventory(), [(assignment, "") for assignment in found.assignments]
 
     def _reserve(
         self, owner: Owner, requests: tuple[Request, ...], beside: bool
@@ -455,14 +475,15 @@ class Session:
         return opened, ()
 
     @contextmanager
-    def _sharing(self, token: str) -> Iterator[Callable[[Entry], Entry]]:
+    def _sharing(self, token: str) -> Iterator[Share]:
         """Hold the host's lock, and journal what other claims may have in their journals, too."""
 
-        def share(entry: Entry) -> Entry:
+        def share(entry: Entry, like: Callable[[Entry], bool] | None = None) -> Entry:
             key = share_key(entry)
             with self.table.guarded() as writer:
                 claims = writer.read()
-                known = [one for claim in claims.records for one in claim.journal if share_key(one) == key]
+                entries = (one for claim in claims.records for one in claim.journal)
+                known = [one for one in entries if (like(one) if like else share_key(one) == key)]
                 entry = known[0] if known else entry
                 first = _first(claims, token)
                 if entry not in first.journal:
@@ -501,6 +522,18 @@ class Session:
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
         return tuple(tokens)
+
+
+def _backends_for(requests: Iterable[Request]) -> set[Backend]:
+    """Those that an intent may get."""
+    return {
+        backend
+        for one in requests
+        if isinstance(one, Intent)
+        for port in one.ports or ports_of(one.policy)
+        for backend in backends_of(one.policy, port)
+        if backend in (one.backends or DEFAULT_BACKENDS)
+    }
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:

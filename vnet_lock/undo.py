@@ -9,10 +9,12 @@ from typing import assert_never
 
 from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import (
+    DhcpServer,
     Driver,
     Entry,
     Link,
     MadeLink,
+    NatTable,
     SharedLink,
     SocketFile,
     Sysctl,
@@ -20,7 +22,7 @@ from vnet_lock.journal import (
     share_key,
 )
 from vnet_lock.kernel import before, pci, rtnetlink
-from vnet_lock.model import Claim, PciAddress
+from vnet_lock.model import Claim, PciAddress, Process
 from vnet_lock.settings import Settings
 
 
@@ -58,6 +60,14 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
             from vnet_lock.kernel import sysctl
 
             sysctl.restore(settings, entry.name, entry.before)
+        case NatTable():
+            from vnet_lock.kernel import nftables
+
+            nftables.remove_table(entry.bridge)
+        case DhcpServer():
+            from vnet_lock.kernel import dnsmasq
+
+            dnsmasq.end(settings, entry.bridge, Process(entry.pid, entry.start_ticks))
         case SocketFile():
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)

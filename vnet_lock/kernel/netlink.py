@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,22 @@ def add_tap(name: str, alias: str, *, queues: int = 1, settings: Settings = DEFA
             fcntl.ioctl(descriptor, _TUNSETPERSIST, 1)
     finally:
         os.close(descriptor)
+    _finish(name, alias, addrgenmode="none")
+
+
+def add_bridge(name: str, mac: str, alias: str) -> None:
+    """Make a bridge with a MAC that its ports don't change, and an ifalias: down, without IPv6 addresses.
+
+    It keeps VLANs apart where the kernel can. Where a step fails nothing stays behind.
+    """
+    what = f"making bridge {name}"
+    with _route() as route:
+        try:
+            with _explained(what, name, _NEW_BRIDGE):
+                route.link("add", ifname=name, kind="bridge", address=mac, br_vlan_filtering=1)
+        except Unsupported:
+            with _explained(what, name, _NEW_BRIDGE):
+                route.link("add", ifname=name, kind="bridge", address=mac)
     _finish(name, alias, addrgenmode="none")
 
 
@@ -192,6 +208,18 @@ def set_vf(
         _set(pf_netdev, f"setting VF {index} of {pf_netdev} to {words}", _VF, vf={"vf": index, **setting})
 
 
+def change(
+    ifname: str, what: str, meanings: dict[int, str], request: Callable[[Any, int], object], /
+) -> None:
+    """Ask the kernel for one change about a device: ``request`` gets pyroute2's IPRoute and its ifindex.
+
+    ``what`` is said where it fails, with what its errno means. For what is about more than the link itself.
+    """
+    index = _index(ifname)
+    with _route() as route, _explained(what, ifname, meanings):
+        request(route, index)
+
+
 def remove_link(name: str, alias: str) -> bool:
     """Remove the device that has this name or, renamed since, this ifalias; False where there is none."""
     removed = False
@@ -218,6 +246,10 @@ _NEW_MACVLAN = {
 _NEW_TAP = {
     errno.EBUSY: "there is a device of that name; see: ip link",
     errno.EINVAL: "there is a device of that name that is no tap; see: ip link",
+}
+_NEW_BRIDGE = {
+    errno.EEXIST: "there is a device of that name; see: ip link",
+    errno.EOPNOTSUPP: "this kernel has no bridge; run: modprobe bridge",
 }
 _RENAME = {
     errno.EEXIST: "another device has that name; see: ip link",
@@ -282,9 +314,7 @@ def _route() -> Iterator[Any]:
 
 
 def _set(ifname: str, what: str, meanings: dict[int, str], /, **attributes: Any) -> None:
-    index = _index(ifname)
-    with _route() as route, _explained(what, ifname, meanings):
-        route.link("set", index=index, **attributes)
+    change(ifname, what, meanings, lambda route, index: route.link("set", index=index, **attributes))
 
 
 def _finish(name: str, alias: str, **attributes: Any) -> None:

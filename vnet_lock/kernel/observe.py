@@ -31,7 +31,7 @@ def read_inventory(settings: Settings, devices: Collection[str] | None = None) -
     pfs, nics = seen.pfs, seen.nics
     told = _ask_netlink(pfs, nics.values())
     pfs = tuple(_with_eswitch(pf, nics, told) for pf in pfs)
-    nics = {name: _with_kind(nic, told) for name, nic in nics.items()}
+    nics = {name: _as_told(nic, told) for name, nic in nics.items()}
     return Inventory(
         pfs=pfs,
         nics=tuple(nics.values()),
@@ -160,6 +160,9 @@ def _with_eswitch(pf: Pf, nics: Mapping[str, Nic], told: _Told) -> Pf:
     return replace(pf, eswitch=mode) if mode else pf
 
 
-def _with_kind(nic: Nic, told: _Told) -> Nic:
+def _as_told(nic: Nic, told: _Told) -> Nic:
     kind = told.kinds.get(nic.ifindex, "")
-    return replace(nic, kind=kind) if nic.kind == "other" and kind in ("macvlan", "vlan") else nic
+    if nic.kind == "other" and kind in ("macvlan", "vlan"):
+        nic = replace(nic, kind=kind)
+    addresses = told.addresses.get(nic.ifindex, ())
+    return replace(nic, addresses=addresses) if addresses else nic

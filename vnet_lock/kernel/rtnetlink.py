@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
-_RTM_GETLINK, _RTM_GETADDR, _RTM_GETNSID = 18, 22, 90
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNSID = 18, 22, 26, 90
 _AF_BRIDGE = 7
 _MSG_TRUNC = 0x20
 
@@ -34,6 +34,7 @@ _IFLA_VF_INFO = 1
 _IFLA_VF_MAC, _IFLA_VF_VLAN, _IFLA_VF_TX_RATE, _IFLA_VF_SPOOFCHK = 1, 2, 3, 4
 _IFLA_VF_LINK_STATE, _IFLA_VF_RATE, _IFLA_VF_TRUST = 5, 6, 9
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_DST = 1
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _RTEXT_FILTER_VF, _RTEXT_FILTER_SKIP_STATS = 1, 8
 _RT_SCOPE_LINK = 253
@@ -42,6 +43,7 @@ _BRIDGE_MODES = {0: "veb", 1: "vepa"}
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
 _IFADDR = struct.Struct("=BBBBI")  # struct ifaddrmsg
+_RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 _U32 = struct.Struct("=I")
 # Bits 15 and 14 of an attribute's type are flags (NLA_F_NESTED, NLA_F_NET_BYTEORDER).
@@ -148,6 +150,29 @@ def read_addresses() -> dict[int, tuple[str, ...]]:
 def read_addressed() -> frozenset[int]:
     """Ifindexes with an address other than a link-local IPv6 one."""
     return frozenset(read_addresses())
+
+
+def read_ipv4_networks() -> frozenset[tuple[str, int]]:
+    """The IPv4 networks that this host is in or has a route to, in any table: (address, prefix length).
+
+    An address may be any of its network.
+    """
+    import socket  # loaded by then
+
+    found: set[tuple[str, int]] = set()
+    for message in _dump("addresses", _RTM_GETADDR, _IFADDR.pack(socket.AF_INET, 0, 0, 0, 0)):
+        _require(message, _IFADDR.size)
+        family, length, *_ = _IFADDR.unpack_from(message)
+        address = dict(_attributes(message[_IFADDR.size :])).get(_IFA_ADDRESS, b"")
+        if family == socket.AF_INET and len(address) == 4:
+            found.add((socket.inet_ntop(family, address), length))
+    for message in _dump("routes", _RTM_GETROUTE, _RTMSG.pack(socket.AF_INET, *[0] * 8)):
+        _require(message, _RTMSG.size)
+        family, length, *_ = _RTMSG.unpack_from(message)
+        address = dict(_attributes(message[_RTMSG.size :])).get(_RTA_DST, b"")
+        if family == socket.AF_INET and len(address) == 4:
+            found.add((socket.inet_ntop(family, address), length))
+    return frozenset(found)
 
 
 def read_links(route: socket | None = None) -> tuple[LinkInfo, ...]:

@@ -148,6 +148,7 @@ def read_nic(settings: Settings, name: str) -> Nic | None:
         master=master,
         lowers=lowers,
         uppers=tuple(sorted(uppers)),
+        vlan_filtering="bridge" in entries and read_text(base + "/bridge/vlan_filtering") == "1",
     )
 
 

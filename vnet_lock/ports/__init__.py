@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 from vnet_lock.combination import Port
 from vnet_lock.journal import Entry
@@ -45,6 +46,16 @@ class Opened:
             self.netns = None
 
 
+class Share(Protocol):
+    """Journals what several guests share, and returns the entry as it is to be.
+
+    That is another claim's where one has it already: of the same ``share_key``, or such that ``like`` says
+    so. Asked under the guard, ``like`` must not wait for anything.
+    """
+
+    def __call__(self, entry: Entry, like: Callable[[Entry], bool] | None = None) -> Entry: ...  # noqa: D102
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A granted claim and what is to be done with it. No claim, no job.
@@ -61,7 +72,7 @@ class Job:
     intent: Intent
     token: str
     journal: Callable[[tuple[Entry, ...]], None]
-    sharing: Callable[[], AbstractContextManager[Callable[[Entry], Entry]]]
+    sharing: Callable[[], AbstractContextManager[Share]]
 
     @property
     def device(self) -> Resource:
