@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vnet_lock.combination import Backend, Policy
-from vnet_lock.journal import MadeLink
 from vnet_lock.model import Intent, Mode
 from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened
-from vnet_lock.ports.macvtap import ALIAS, link_name, random_mac
+from vnet_lock.ports.macvtap import random_mac
+from vnet_lock.ports.tap import make_tap
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
@@ -34,13 +34,7 @@ def open_port(job: Job) -> Opened:
     """Make a tap, up, as a port of the bridge."""
     from vnet_lock.kernel import netlink
 
-    name = link_name(job.token)
-    final = job.intent.ifname or name
-    alias = ALIAS + job.token
-    job.journal((MadeLink(name, final, alias),))
-    netlink.add_tap(name, alias, queues=job.intent.queues)
-    if final != name:
-        netlink.rename_link(name, final)
-    netlink.set_master(final, job.device.name)
-    netlink.set_link(final, up=True)
-    return Opened(netdev=final, mac=job.intent.mac or random_mac())
+    tap = make_tap(job)
+    netlink.set_master(tap, job.device.name)
+    netlink.set_link(tap, up=True)
+    return Opened(netdev=tap, mac=job.intent.mac or random_mac())
