@@ -83,13 +83,33 @@ class Sysctl:
 
 
 @dataclass(frozen=True, slots=True)
+class Sysctls:
+    """Settings below one directory before, that change together, and that guests share.
+
+    ``before`` has a word NAME=VALUE for each, in the order in which they are restored:
+    ``all/forwarding=0 eth0/accept_ra=1`` below net/ipv6/conf.
+    """
+
+    directory: str
+    before: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyNeighbour:
+    """An address that the host answers for on one of its devices (``ip neighbour show proxy``)."""
+
+    netdev: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class SocketFile:
     """A unix socket in the file system, where the guest's QEMU finds its network."""
 
     path: str
 
 
-Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | SocketFile
+Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | Sysctls | ProxyNeighbour | SocketFile
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
     "link": Link,
@@ -97,6 +117,8 @@ _KINDS: dict[str, type[Entry]] = {
     "made-link": MadeLink,
     "shared-link": SharedLink,
     "sysctl": Sysctl,
+    "sysctls": Sysctls,
+    "proxy-neighbour": ProxyNeighbour,
     "socket-file": SocketFile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
@@ -112,6 +134,8 @@ def share_key(entry: Entry) -> str | None:
             return f"link {entry.final}"
         case Sysctl():
             return f"sysctl {entry.name}"
+        case Sysctls():
+            return f"sysctls {entry.directory}"
         case _:
             return None
 

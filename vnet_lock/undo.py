@@ -13,9 +13,11 @@ from vnet_lock.journal import (
     Entry,
     Link,
     MadeLink,
+    ProxyNeighbour,
     SharedLink,
     SocketFile,
     Sysctl,
+    Sysctls,
     VfAdmin,
     share_key,
 )
@@ -58,6 +60,17 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
             from vnet_lock.kernel import sysctl
 
             sysctl.restore(settings, entry.name, entry.before)
+        case Sysctls():
+            from vnet_lock.kernel import sysctl
+
+            for word in entry.before.split():
+                name, _, value = word.partition("=")
+                with suppress(Vanished):  # that device is gone, the others are not
+                    sysctl.restore(settings, f"{entry.directory}/{name}", value)
+        case ProxyNeighbour():
+            from vnet_lock.kernel import routes
+
+            routes.remove_proxy(entry.netdev, entry.address)
         case SocketFile():
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)

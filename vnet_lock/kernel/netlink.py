@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ from vnet_lock.settings import DEFAULT, Settings
 
 _MODES = ("bridge", "passthru", "private", "vepa")
 # include/uapi/linux/if.h
-_IFF_UP, _IFF_ALLMULTI = 0x1, 0x200
+_IFF_UP, _IFF_NOARP, _IFF_ALLMULTI = 0x1, 0x80, 0x200
 # include/uapi/linux/if_tun.h
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI = 0x0002, 0x0100, 0x1000
@@ -74,6 +74,16 @@ def add_tap(name: str, alias: str, *, queues: int = 1, settings: Settings = DEFA
     _finish(name, alias, addrgenmode="none")
 
 
+def add_veth(name: str, peer: str, alias: str) -> None:
+    """Make a pair of joined devices, both down; ``peer`` goes with ``name``, wherever it is then.
+
+    ``name`` carries the ifalias, and gets no IPv6 addresses of its own. Where a step fails nothing stays.
+    """
+    with _route() as route, _explained(f"making veth {name} with peer {peer}", name, _NEW_VETH):
+        route.link("add", ifname=name, kind="veth", peer={"ifname": peer})
+    _finish(name, alias, addrgenmode="none")
+
+
 def rename_link(old: str, new: str) -> None:
     """Give a device another name; VnetLockError where another has it."""
     if "%" in new:
@@ -89,6 +99,7 @@ def set_link(
     mac: str | None = None,
     mtu: int | None = None,
     allmulticast: bool | None = None,
+    arp: bool | None = None,
     addrgenmode: str | None = None,
 ) -> None:
     """Change what is not None. ``addrgenmode`` is ``none``, ``eui64``, ``random`` or ``stable_secret``.
@@ -115,6 +126,8 @@ def set_link(
     if allmulticast is not None:
         flags = _IFF_ALLMULTI if allmulticast else 0
         _set(ifname, f"setting allmulticast of {ifname}", {}, flags=flags, change=_IFF_ALLMULTI)
+    if arp is not None:
+        _set(ifname, f"setting ARP of {ifname}", {}, flags=0 if arp else _IFF_NOARP, change=_IFF_NOARP)
     if up:
         _set(ifname, f"setting {ifname} up", _UP, flags=_IFF_UP, change=_IFF_UP)
 
@@ -166,6 +179,18 @@ def set_vf(
         _set(pf_netdev, f"setting VF {index} of {pf_netdev} to {words}", _VF, vf={"vf": index, **setting})
 
 
+def change(
+    ifname: str, what: str, meanings: dict[int, str], request: Callable[[Any, int], object], /
+) -> None:
+    """Ask the kernel for one change about a device: ``request`` gets pyroute2's IPRoute and its ifindex.
+
+    ``what`` is said where it fails, with what its errno means. For what is about more than the link itself.
+    """
+    index = _index(ifname)
+    with _route() as route, _explained(what, ifname, meanings):
+        request(route, index)
+
+
 def remove_link(name: str, alias: str) -> bool:
     """Remove the device that has this name or, renamed since, this ifalias; False where there is none."""
     removed = False
@@ -193,6 +218,10 @@ _NEW_MACVTAP = {
 _NEW_TAP = {
     errno.EBUSY: "there is a device of that name; see: ip link",
     errno.EINVAL: "there is a device of that name that is no tap; see: ip link",
+}
+_NEW_VETH = {
+    errno.EEXIST: "there is a device of that name; see: ip link",
+    errno.EOPNOTSUPP: "this kernel has no veth; run: modprobe veth",
 }
 _RENAME = {
     errno.EEXIST: "another device has that name; see: ip link",
@@ -257,9 +286,7 @@ def _route() -> Iterator[Any]:
 
 
 def _set(ifname: str, what: str, meanings: dict[int, str], /, **attributes: Any) -> None:
-    index = _index(ifname)
-    with _route() as route, _explained(what, ifname, meanings):
-        route.link("set", index=index, **attributes)
+    change(ifname, what, meanings, lambda route, index: route.link("set", index=index, **attributes))
 
 
 def _finish(name: str, alias: str, **attributes: Any) -> None:
