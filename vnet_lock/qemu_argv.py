@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, ports_of
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Intent, PciAddress, is_ifname
+from vnet_lock.model import Intent, PciAddress, is_ifname, parse_guest_address
 from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options
 
 _KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues", "ip", "dhcp")
@@ -208,14 +208,10 @@ def _read_addresses(option: Option, network: Properties, policy: Policy) -> tupl
     if bool(texts) != (policy is Policy.ROUTE):
         need = "needs the guest's own address: add ip=192.0.2.7" if not texts else "takes no ip="
         raise BadInput(f"{option.text}: mode={policy} {need}")
-    if not texts:
-        return ()
-    from ipaddress import ip_address  # 8 ms, and only a route has any
-
     try:
-        return tuple(dict.fromkeys(str(ip_address(text)) for text in texts))
+        return tuple(dict.fromkeys(map(parse_guest_address, texts)))
     except ValueError as error:
-        raise BadInput(f"{option.text}: ip: {error} (like 192.0.2.7 or 2001:db8::7)") from error
+        raise BadInput(f"{option.text}: ip: {error}") from error
 
 
 def _read_switch(option: Option, network: Properties, key: str) -> bool:
