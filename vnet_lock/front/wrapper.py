@@ -33,6 +33,7 @@ Runs QEMU with its host networks opened, and claimed for as long as it runs:
   dev=DEVICE                         a network device or a PCI address; several dev= are tried in their order
   port=sriov|macvlan|bridge|...      what the guest's port is; the best of what mode allows, if not given
   protocols=A:B:...                  how QEMU is connected: tap, vhost (tap with vhost-net), vfio
+  ip=ADDRESS                         for mode=route: the guest's own address; several ip= for several of them
   mac=MAC  vlan=ID  queues=N
 
 PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.

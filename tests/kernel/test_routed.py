@@ -1,0 +1,366 @@
+"""Routed guests on real links: a peer on the uplink's wire and the guest see each other's own addresses."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.test_crash import dice, killed_at, put_back, some_of
+from tests.kernel.test_wrapper import MACHINE, NIC, QEMU, Host, eventually, host, wait_for_line
+from tests.lab import guest
+from vnet_lock.combination import Backend, Policy, Port
+from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.kernel.netns import call_in
+from vnet_lock.kernel.processes import read_boot_id, this_process
+from vnet_lock.model import Intent, Owner, OwnerKind
+from vnet_lock.session import Session
+from vnet_lock.settings import DEFAULT
+from vnet_lock.undo import undo
+
+__all__ = ["dice", "host"]  # fixtures
+
+PORTS = [Port.NONE, Port.VETH_MACVLAN]
+ADDRESSES = ("192.0.2.7", "2001:db8::7")
+IPV6_CONF = Path("/proc/sys/net/ipv6/conf")
+Ip = Callable[[str], str]
+
+
+@pytest.fixture
+def uplink(host: Host, ip: Ip) -> Callable[[], dict[str, str]]:
+    """up0 with addresses, its peer in a namespace called wire; returns what shows the host's whole state."""
+    del host
+    ip("netns add wire")
+    ip("link set peer0 netns wire")
+    for words in ("lo", "peer0"):
+        ip(f"-n wire link set {words} up")
+    for family, at_home, away in (
+        ("-4", "192.0.2.1/24", "192.0.2.9/24"),
+        ("-6", "2001:db8::1/64", "2001:db8::9/64"),
+    ):
+        nodad = "nodad" if family == "-6" else ""
+        ip(f"{family} address add {at_home} dev up0 {nodad}")
+        ip(f"{family} -n wire address add {away} dev peer0 {nodad}")
+    eventually(lambda: "tentative" not in ip("address"))
+    return read_state
+
+
+def read_state() -> dict[str, str]:
+    """Links, addresses, routes and proxies as iproute2 shows them, and each setting of IPv4 and IPv6."""
+    state = {
+        words: subprocess.check_output(["ip", "-j", "-d", *words.split()], text=True)
+        for words in (
+            *("link show", "address show", "rule show", "-6 rule show"),
+            *("route show table all", "-6 route show table all", "neigh show proxy", "-6 neigh show proxy"),
+        )
+    }
+    for family in ("ipv4", "ipv6"):
+        for path in sorted(Path(f"/proc/sys/net/{family}").rglob("*")):
+            with contextlib.suppress(OSError):  # one may only be written
+                state[str(path)] = path.read_text() if path.is_file() else ""
+    return state
+
+
+def assert_as(before: dict[str, str]) -> None:
+    """The host's state is what it was, byte for byte."""
+    found = "\n".join(differences(before, read_state()))
+    assert found == ""
+
+
+def differences(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    """What of a state is another now, one object of iproute2's to a line, but a bridge's timers."""
+    found = []
+    for key in before | after:
+        pair = [
+            re.sub(r'_timer":[\d.]+', "", state.get(key, "")).replace('},{"ifindex"', '},\n{"ifindex"')
+            for state in (before, after)
+        ]
+        lines = difflib.unified_diff(*(text.splitlines() for text in pair), lineterm="", n=0)
+        found += [f"{key}: {line}" for line in lines if line[:3] not in ("---", "+++")]
+    return found
+
+
+def owner(name: str = "me") -> Owner:
+    return Owner(OwnerKind.LIBVIRT, name, read_boot_id(DEFAULT), uuid=name, process=this_process(DEFAULT))
+
+
+def want(port: Port, *addresses: str, **more: object) -> Intent:
+    return Intent("net0", Policy.ROUTE, ("up0",), (port,), addresses=addresses or ADDRESSES, **more)  # type: ignore[arg-type]
+
+
+def network(port: Port, *addresses: str) -> str:
+    ips = "".join(f",ip={address}" for address in addresses or ADDRESSES)
+    return f"-netdev host,id=net0,mode=route,port={port},dev=up0{ips}"
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_route_leads_to_each_address_and_all_is_as_before_afterwards(uplink, ip: Ip, port: Port) -> None:
+    before = uplink()
+    session = Session()
+    (grant,) = session.acquire(owner(), [want(port, ifname="web1-net0")])
+    (claim,) = [one for one in session.table.read().records if one.journal]
+    made = claim.journal[0].final
+    assert f"192.0.2.7 dev {made}" in ip("route")
+    assert f"2001:db8::7 dev {made}" in ip("-6 route")
+    assert "169.254.1.1/32" in ip(f"address show dev {made}")
+    assert "fe80::1/64" in ip(f"address show dev {made}")
+    assert "tentative" not in ip(f"address show dev {made}")
+    assert ip("neigh show proxy").split()[:3] == ["192.0.2.7", "dev", "up0"]
+    assert ip("-6 neigh show proxy").split()[:3] == ["2001:db8::7", "dev", "up0"]
+    for descriptor in session.connect(grant).descriptors:
+        os.close(descriptor)
+    assert undo(DEFAULT, claim) == []
+    assert_as(before)
+    assert undo(DEFAULT, claim) == []
+    session.release(owner())
+    session.release(owner())
+    assert_as(before)
+
+
+def test_the_last_guest_restores_what_was_before_the_first(uplink, ip: Ip) -> None:
+    """One device forwards already, another listens to no router: both do so again."""
+    (IPV6_CONF / "v0/forwarding").write_text("1")
+    (IPV6_CONF / "v1/accept_ra").write_text("0")
+    before = uplink()
+    session = Session()
+    session.acquire(owner("a"), [want(Port.NONE, "2001:db8::7", "192.0.2.7")])
+    ip("link add late0 type veth peer name late1")
+    session.acquire(owner("b"), [want(Port.VETH_MACVLAN, "2001:db8::8", "192.0.2.8")])
+    session.release(owner("a"))
+    assert (IPV6_CONF / "all/forwarding").read_text() == "1\n"
+    assert (IPV6_CONF / "up0/accept_ra").read_text() == "2\n"
+    assert Path("/proc/sys/net/ipv4/conf/up0/forwarding").read_text() == "1\n"
+    assert "2001:db8::8" in ip("-6 neigh show proxy")
+    assert "2001:db8::7" not in ip("-6 neigh show proxy")
+    ip("link delete late0")
+    session.release(owner("b"))
+    assert_as(before)
+
+
+def test_a_route_that_a_router_advertised_stays(uplink, ip: Ip) -> None:
+    """The kernel drops it where a host begins to forward and accept_ra is 1."""
+    advertise(ip)
+    eventually(lambda: "default via" in ip("-6 route"), timeout_s=10)
+    session = Session()
+    session.acquire(owner(), [want(Port.NONE, "2001:db8::7")])
+    assert "default via" in ip("-6 route")
+    ip(f"-6 route delete {ip('-6 route show default').strip().split(' metric')[0]}")
+    advertise(ip)
+    eventually(lambda: "default via" in ip("-6 route"), timeout_s=10)
+    session.release(owner())
+    assert "default via" in ip("-6 route")
+
+
+def advertise(ip: Ip) -> None:
+    """A router advertisement on the wire (RFC 4861, 4.2), with a lifetime of 30 minutes."""
+    ip("-n wire -6 address replace fe80::9/64 dev peer0 nodad")
+    message = bytes((134, 0, 0, 0, 64, 0, 0x07, 0x08)) + bytes(8)
+    wire = os.open("/run/netns/wire", os.O_RDONLY)
+
+    def send() -> None:
+        with socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6) as raw:
+            raw.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+            raw.bind(("fe80::9", 0, 0, socket.if_nametoindex("peer0")))
+            raw.sendto(message, ("ff02::1", 0, 0, socket.if_nametoindex("peer0")))
+
+    call_in(wire, send)
+    os.close(wire)
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("192.0.2.1", "address 192.0.2.1 is in use without a claim by host"),
+        ("2001:db8::1", "address 2001:db8::1 is in use without a claim by host"),
+        ("192.0.2.7", 'address 192.0.2.7 is held by guest "other"'),
+        ("192.0.2.66", "this host answers for it on up0 already"),
+    ],
+)
+def test_an_address_that_another_has_is_refused(uplink, ip: Ip, address: str, words: str) -> None:
+    ip("neigh add proxy 192.0.2.66 dev up0")
+    session = Session()
+    session.acquire(owner("other"), [want(Port.NONE, "192.0.2.7")])
+    eventually(lambda: "NO-CARRIER" in ip("link"))
+    before = uplink()
+    with pytest.raises(Refused, match=re.escape(words)):
+        session.acquire(owner(), [want(Port.VETH_MACVLAN, address)])
+    assert_as(before)
+    session.release(owner("other"))
+    assert "192.0.2.66" in ip("neigh show proxy")
+
+
+def test_an_address_that_is_routed_elsewhere_is_left_there(uplink, ip: Ip) -> None:
+    ip("route add 192.0.2.7/32 dev v0 scope link")
+    before = uplink()
+    with pytest.raises(VnetLockError, match="there is a route for it already"):
+        Session().acquire(owner(), [want(Port.NONE)])
+    assert_as(before)
+
+
+def test_a_dead_guests_address_is_healed_for_the_next(uplink) -> None:
+    before = uplink()
+    dead = replace(this_process(DEFAULT), start_ticks=1)
+    session = Session()
+    session.acquire(replace(owner("dead"), kind=OwnerKind.QEMU, uuid=None, process=dead), [want(Port.NONE)])
+    session.acquire(owner(), [want(Port.NONE)])
+    session.release(owner())
+    assert_as(before)
+
+
+def take(port: Port) -> None:
+    """What vnet-qemu does before it becomes QEMU."""
+    session = Session()
+    me = Owner(OwnerKind.QEMU, "test", read_boot_id(DEFAULT), process=this_process(DEFAULT))
+    for grant in session.acquire(me, [want(port, backends=(Backend.TAP,))]):
+        session.connect(grant)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("port", PORTS)
+def test_a_start_killed_before_any_of_its_lines_is_healed(uplink, dice, port: Port) -> None:
+    before = uplink()
+    lines = killed_at(0, lambda: take(port))
+    put_back()
+    assert_as(before)
+    wrong = {}
+    for line in some_of(lines, dice)[::3]:
+        killed_at(line, lambda: take(port))
+        put_back()
+        if found := differences(before, uplink()):
+            wrong[line] = found
+    assert wrong == {}, f"of {lines} lines"
+
+
+@pytest.mark.timeout(600)
+def test_a_gc_killed_before_any_of_its_lines_is_finished_by_the_next(uplink, dice) -> None:
+    before = uplink()
+    killed_at(0, lambda: take(Port.NONE))
+    lines = killed_at(0, put_back)
+    wrong = {}
+    for line in some_of(lines, dice)[::3]:
+        killed_at(0, lambda: take(Port.NONE))
+        killed_at(line, put_back)
+        put_back()
+        if found := differences(before, uplink()):
+            wrong[line] = found
+    assert wrong == {}, f"of {lines} lines"
+
+
+# --- with guests ----------------------------------------------------------------------------------
+
+
+class Console:
+    """A running guest's serial port. What it says is read: QEMU waits where nobody takes it."""
+
+    def __init__(self, path: Path) -> None:
+        wait_for_line(path.with_suffix(".log"), r"VNET-GUEST ready nics=1 .*link=up")
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(60)
+        self._socket.connect(str(path))
+        self._count = 0
+
+    def order(self, words: str) -> str:
+        """What the guest answers to an order."""
+        self._count += 1
+        self._socket.sendall(f"{self._count} {words}\n".encode())
+        said = b""
+        while not (answer := re.search(rb"VNET-GUEST answer id=%d (\S+)\r?\n" % self._count, said)):
+            more = self._socket.recv(4096)
+            assert more, f"{words}: the guest is gone: {said!r}"
+            said += more
+        return answer[1].decode()
+
+    def run(self, words: str) -> None:
+        assert self.order(f"run {words}") == "exit=0", words
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def guests(host: Host, folder: Path, port: Port, *numbers: int) -> Iterator[list[Console]]:
+    """Guests with 192.0.2.N/24 as the wire's other hosts have, and 2001:db8::N with fe80::1 as its router."""
+    image = guest.build()
+    with contextlib.ExitStack() as stack:
+        for number in numbers:
+            words = guest.kernel_words(ip=f"192.0.2.{number}/24")
+            path = folder / str(number)
+            console = (
+                f"-chardev socket,id=c,path={path},server=on,wait=off,logfile={path}.log -serial chardev:c"
+            )
+            boot = f"-kernel {image.kernel} -initrd {image.initrd} -append '{words}'"
+            net = network(port, f"192.0.2.{number}", f"2001:db8::{number}")
+            stack.enter_context(host.running(f"{MACHINE} {console} {boot} {net} {NIC}"))
+        consoles = [Console(folder / str(number)) for number in numbers]
+        for number, console in zip(numbers, consoles, strict=True):
+            stack.callback(console.close)
+            console.run("ip route add default via 192.0.2.1")
+            console.run("sysctl -w net.ipv6.conf.eth0.accept_dad=0")
+            console.run(f"ip -6 address add 2001:db8::{number}/128 dev eth0")
+            console.run("ip -6 route add default via fe80::1 dev eth0")
+        yield consoles
+
+
+def pings(address: str) -> bool:
+    argv = ["ip", "netns", "exec", "wire", "ping", "-c", "3", "-W", "5", address]
+    return "3 received" in subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+
+
+def sources_seen(order: Callable[[], object]) -> set[str]:
+    """The addresses from which echo requests reach the wire's end meanwhile."""
+    wire = os.open("/run/netns/wire", os.O_RDONLY)
+    raw = call_in(wire, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003)))
+    os.close(wire)
+    found = set()
+    with raw:
+        raw.setblocking(False)
+        order()
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet = raw.recv(2048)
+                if packet[0] >> 4 == 4 and packet[9] == 1 and packet[20] == 8:
+                    found.add(socket.inet_ntop(socket.AF_INET, packet[12:16]))
+                elif packet[0] >> 4 == 6 and packet[6] == 58 and packet[40] == 128:
+                    found.add(socket.inet_ntop(socket.AF_INET6, packet[8:24]))
+    return found
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("port", PORTS)
+def test_the_wire_and_the_guests_see_the_guests_own_addresses(host, uplink, tmp_path, port: Port) -> None:
+    before = uplink()
+    with guests(host, tmp_path, port, 7, 8) as (first, second):
+        for number in (7, 8):
+            assert pings(f"192.0.2.{number}")
+            assert pings(f"2001:db8::{number}")
+        assert sources_seen(lambda: first.order("ping 192.0.2.9")) == {"192.0.2.7"}
+        assert sources_seen(lambda: second.order("ping 2001:db8::9")) == {"2001:db8::8"}
+        # Neighbours by their addresses, but not on one wire.
+        assert first.order("ping 192.0.2.8") == "ping=3/3"
+        assert first.order("ping 2001:db8::8") == "ping=3/3"
+        # An address that isn't the guest's own comes no further than its link.
+        first.run("ip address add 192.0.2.77/32 dev eth0")
+        assert sources_seen(lambda: first.order("run ping -c 2 -I 192.0.2.77 192.0.2.9")) == set()
+    # They were killed, with their wrappers.
+    eventually(lambda: put_back() or not host.claims())
+    assert_as(before)
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_qemu_takes_a_routed_network_and_leaves_nothing(host, uplink, port: Port) -> None:
+    before = uplink()
+    for _ in range(2):
+        result = host.qemu(
+            f"{QEMU} -monitor stdio {network(port)},queues=2 {NIC}", input="info network\nquit\n"
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert len([line for line in result.stdout.splitlines() if "type=tap" in line]) == 2
+        assert_as(before)
