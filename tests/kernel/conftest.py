@@ -15,8 +15,11 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import pytest
+
+T = TypeVar("T")
 
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -30,6 +33,16 @@ def need(met: object, what: str) -> None:
     if "kernel" in re.split(r"[ ,]+", os.environ.get("VNET_LOCK_REQUIRE", "")):
         pytest.fail(f"needs {what}, and VNET_LOCK_REQUIRE says that it must be there")
     pytest.skip(f"needs {what} (VNET_LOCK_REQUIRE=kernel fails instead)")
+
+
+def eventually(find: Callable[[], T], timeout_s: float = 20.0) -> T:
+    """What ``find`` finds, once it finds something."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if found := find():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("it never happened")
 
 
 @contextmanager

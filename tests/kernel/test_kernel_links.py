@@ -1,12 +1,16 @@
 """netlink.py changes real links; what it did is seen through `ip`, not through our own reader."""
 
 import json
+import os
 from collections.abc import Callable
 
 import pytest
 
+from tests.kernel.conftest import eventually
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 from vnet_lock.kernel import netlink
+from vnet_lock.kernel.netns import call_in, make_namespace
+from vnet_lock.settings import DEFAULT
 
 Ip = Callable[[str], str]
 MAC = "52:54:00:00:00:07"
@@ -48,6 +52,43 @@ def test_a_passthru_macvtap_and_its_lower_device_have_one_mac(lower: str, ip: Ip
     netlink.set_link(lower, mac=own)
     netlink.add_macvtap("vl1", lower, "passthru", own, ALIAS)
     assert show(ip, "vl1")["address"] == show(ip, lower)["address"] == own.lower()
+
+
+@pytest.mark.parametrize("mode", ["vepa", "private", "bridge", "passthru"])
+def test_a_macvlan_is_made_in_another_namespace_and_goes_with_it(lower: str, ip: Ip, mode: str):
+    namespace = make_namespace(DEFAULT)
+    try:
+        netlink.add_macvlan("vl0", lower, mode, MAC, ALIAS, namespace=namespace)
+        link = call_in(namespace, lambda: show(ip, "vl0"))
+        assert (link["address"], link["ifalias"]) == (MAC, ALIAS)
+        assert link["linkinfo"]["info_kind"] == "macvlan"
+        assert link["linkinfo"]["info_data"]["mode"] == mode
+        assert link["inet6_addr_gen_mode"] == "none"
+        assert "ALLMULTI" in link["flags"]
+        assert names(ip) == {"lo", "v0", "v1"}
+    finally:
+        os.close(namespace)
+    # Nothing else is on it any more.
+    eventually(lambda: works(lambda: netlink.add_macvtap("vl1", lower, "passthru", MAC, ALIAS)))
+
+
+def test_a_macvlan_that_cannot_be_made_says_so_by_its_own_name(lower: str, ip: Ip):
+    netlink.add_macvtap("vl0", lower, "passthru", MAC, ALIAS)
+    namespace = make_namespace(DEFAULT)
+    try:
+        with pytest.raises(VnetLockError, match=r"making macvlan vl1 .* failed: passthru"):
+            netlink.add_macvlan("vl1", lower, "passthru", MAC, ALIAS, namespace=namespace)
+        assert call_in(namespace, lambda: names(ip)) == {"lo"}
+    finally:
+        os.close(namespace)
+
+
+def works(change: Callable[[], None]) -> bool:
+    try:
+        change()
+    except VnetLockError:
+        return False
+    return True
 
 
 def test_a_macvtap_is_removed_by_its_alias_once_it_was_renamed(lower: str, ip: Ip):

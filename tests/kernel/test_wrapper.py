@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.conftest import need
+from tests.kernel.conftest import eventually, need
 from tests.lab import guest
 
 VNET_QEMU = str(Path(sys.executable).with_name("vnet-qemu"))
@@ -89,15 +89,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def eventually(find, timeout_s: float = 20.0):
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := find():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("it never happened")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
+from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.rtnetlink import read_links
 from vnet_lock.settings import DEFAULT, Settings
 
@@ -38,17 +39,42 @@ def add_macvtap(name: str, lower: str, mode: str, mac: str, alias: str) -> None:
     ``mode`` is ``bridge``, ``vepa``, ``private`` or ``passthru``, which gives its MAC to ``lower``, too,
     unless that has it already. Where a step fails nothing stays behind.
     """
+    add_macvlan(name, lower, mode, mac, alias, kind="macvtap")
+
+
+def add_macvlan(
+    name: str,
+    lower: str,
+    mode: str,
+    mac: str,
+    alias: str,
+    *,
+    namespace: int | None = None,
+    kind: str = "macvlan",
+) -> None:
+    """Make a macvlan as add_macvtap makes a macvtap, in the namespace that a descriptor is of, if any."""
     if mode not in _MODES:
-        raise BadInput(f"macvtap mode {mode!r} is none of: {', '.join(_MODES)}")
+        raise BadInput(f"{kind} mode {mode!r} is none of: {', '.join(_MODES)}")
     index = _index(lower)
+    words: dict[str, Any] = {f"{kind}_mode": mode}
+    if namespace is not None:
+        words["net_ns_fd"] = namespace
+    meanings = _NEW_MACVLAN | {errno.EOPNOTSUPP: f"this kernel has no {kind}; run: modprobe {kind}"}
     with _route() as route:
-        with _explained(f"making macvtap {name} (mode {mode}, MAC {mac}) on {lower}", lower, _NEW_MACVTAP):
-            route.link("add", ifname=name, kind="macvtap", link=index, macvtap_mode=mode, address=mac)
+        with _explained(f"making {kind} {name} (mode {mode}, MAC {mac}) on {lower}", lower, meanings):
+            route.link("add", ifname=name, kind=kind, link=index, address=mac, **words)
         # In passthru mode the kernel takes the lower device's MAC, whatever was asked for
         # (macvlan_common_newlink). A VF may refuse even the MAC that it has, so that isn't written.
         is_other = mode == "passthru" and _read_mac(route, lower, index) != mac.lower()
+
+    def finish() -> None:
         # vepa and passthru drop multicast, IPv6 neighbour discovery with it, until allmulticast is on.
         _finish(name, alias, mac=mac if is_other else None, allmulticast=True, addrgenmode="none")
+
+    if namespace is None:
+        finish()
+    else:
+        call_in(namespace, finish)
 
 
 def add_tap(name: str, alias: str, *, queues: int = 1, settings: Settings = DEFAULT) -> None:
@@ -208,12 +234,11 @@ def remove_link(name: str, alias: str) -> bool:
 
 # --- what an errno means ------------------------------------------------------------------------
 
-_NEW_MACVTAP = {
+_NEW_MACVLAN = {
     errno.EADDRINUSE: "a device on it has that MAC already; see: ip -d link show type macvtap",
     errno.EBUSY: "it is a port of a bridge or bond, or a passthru macvtap has it; see: vnet-lock show",
     errno.EINVAL: "passthru takes a device with no other macvtap or macvlan on it; see: vnet-lock show",
     errno.EEXIST: "there is a device of that name; see: ip link",
-    errno.EOPNOTSUPP: "this kernel has no macvtap; run: modprobe macvtap",
 }
 _NEW_TAP = {
     errno.EBUSY: "there is a device of that name; see: ip link",

@@ -45,6 +45,11 @@ def call_in(namespace: int, function: Callable[[], T]) -> T:
     return _in_a_thread(enter)
 
 
+def enter(namespace: int) -> None:
+    """Go into the namespace that a descriptor is of, for good. OSError where it can't be entered."""
+    _call("setns", namespace, _CLONE_NEWNET)
+
+
 def _in_a_thread(function: Callable[[], T]) -> T:
     """setns(2) and unshare(2) are for one thread, so one of its own enters and ends there.
 

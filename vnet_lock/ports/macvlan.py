@@ -8,7 +8,7 @@ from vnet_lock.combination import Backend, Policy
 from vnet_lock.model import Intent, Mode, Nic, PciAddress
 from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened
-from vnet_lock.ports.macvtap import open_macvtap, random_mac
+from vnet_lock.ports.macvtap import open_macvlan, open_macvtap, random_mac
 
 _MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 
@@ -37,9 +37,11 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
 
 
 def open_port(job: Job) -> Opened:
-    """Make the macvtap."""
+    """Make the macvtap, or for a packet socket the macvlan."""
     nic = next(nic for nic in job.inventory.nics if job.inventory.resource_of(nic) == job.device)
-    return open_macvtap(job, nic.netdev, _MODES[job.intent.policy], job.intent.mac or random_mac())
+    combination = job.assignment.combination
+    make = open_macvlan if combination and combination.backend.has_socket else open_macvtap
+    return make(job, nic.netdev, _MODES[job.intent.policy], job.intent.mac or random_mac())
 
 
 def find_nic(dev: str, situation: Situation) -> Nic | None:

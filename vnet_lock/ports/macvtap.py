@@ -1,4 +1,4 @@
-"""Makes the macvtap that the macvlan and sriov ports give to a guest."""
+"""Makes the macvtap that the macvlan and sriov ports give to a guest, or the macvlan for a packet socket."""
 
 from __future__ import annotations
 
@@ -32,6 +32,36 @@ def open_macvtap(job: Job, lower: str, mode: str, mac: str) -> Opened:
     netlink.set_link(final, up=True)
     _wait_for_node(job, final)
     return Opened(netdev=final, mac=mac)
+
+
+def open_macvlan(job: Job, lower: str, mode: str, mac: str, namespace: int | None = None) -> Opened:
+    """Make a macvlan on ``lower`` with the guest's MAC, up, alone in a namespace that nobody else sees.
+
+    The host's stack has no part in it then, and never answers for the guest. Where ``lower`` isn't in this
+    namespace but in the one that the descriptor ``namespace`` is of, the macvlan is made there, too, and the
+    descriptor becomes the result's.
+    """
+    from vnet_lock.kernel import netlink
+    from vnet_lock.kernel.netns import call_in, make_namespace
+
+    name, alias = link_name(job.token), ALIAS + job.token
+    job.journal((MadeLink(name, name, alias),))
+    opened = Opened(
+        netdev=name, mac=mac, netns=make_namespace(job.settings) if namespace is None else namespace
+    )
+    at = opened.netns
+    assert at is not None  # noqa: S101 - set in the line above
+    try:
+        if namespace is None:
+            netlink.add_macvlan(name, lower, mode, mac, alias, namespace=at)
+        else:
+            call_in(at, lambda: netlink.add_macvlan(name, lower, mode, mac, alias))
+        call_in(at, lambda: netlink.set_link(name, up=True))
+    except BaseException:
+        if namespace is None:
+            opened.close()
+        raise
+    return opened
 
 
 def link_name(token: str) -> str:
