@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import json
 import os
 import re
 import socket
@@ -14,14 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.test_crash import dice, killed_at, put_back, some_of
-from tests.kernel.test_wrapper import MACHINE, NIC, QEMU, Host, eventually, host, wait_for_line
+from tests.kernel.test_crash import VNET_LOCK, dice, killed_at, put_back, some_of
+from tests.kernel.test_wrapper import MAC, MACHINE, NIC, QEMU, Host, eventually, host, wait_for_line
 from tests.lab import guest
-from vnet_lock.combination import Backend, Policy, Port
+from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.journal import Entry
+from vnet_lock.kernel import packet
 from vnet_lock.kernel.netns import call_in
+from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Intent, Owner, OwnerKind
+from vnet_lock.model import Assignment, Claim, Intent, Mode, Owner, OwnerKind, Resource, State, Wanted
+from vnet_lock.ports import Job, veth_macvlan
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo
@@ -215,6 +220,79 @@ def test_a_dead_guests_address_is_healed_for_the_next(uplink) -> None:
     assert_as(before)
 
 
+def test_a_packet_socket_has_its_end_of_the_pair_in_a_namespace(uplink, ip: Ip) -> None:
+    before = uplink()
+    journal: list[Entry] = []
+    opened = veth_macvlan.open_port(job(Backend.SOCKET, journal))
+    assert opened.netns is not None
+    assert len(ip("-o link show type veth").splitlines()) == 4  # v0, v1, up0 and the host's end
+    (raw,) = call_in(opened.netns, lambda: packet.open_queues(str(opened.netdev)))
+    opened.close()
+    with raw:
+        raw.settimeout(20)
+        guest_mac, guest_ip = bytes.fromhex(MAC.replace(":", "")), socket.inet_aton("192.0.2.7")
+        head = bytes.fromhex("0001080006040001") + guest_mac + guest_ip + bytes(6)
+        # Who has 192.0.2.9, a host of the wire? The host answers for it.
+        raw.send(b"\xff" * 6 + guest_mac + b"\x08\x06" + head + socket.inet_aton("192.0.2.9"))
+        assert find_arp(raw, 2) == ("192.0.2.9", "192.0.2.7")
+        with subprocess.Popen(PING.split(), stdout=subprocess.DEVNULL) as ping:
+            assert find_arp(raw, 1) == ("169.254.1.1", "192.0.2.7")
+            ping.kill()
+    # The namespace went with the socket, and the pair with it; the rest is in the journal.
+    eventually(lambda: len(ip("-o link show type veth").splitlines()) == 3)
+    claim = Claim(
+        Resource.nic("up0"), Mode.SHARED, State.ACTIVE, owner(), "0" * 16, "net0", 0.0, journal=tuple(journal)
+    )
+    assert undo(DEFAULT, claim) == []
+    assert undo(DEFAULT, claim) == []
+    assert_as(before)
+
+
+PING = "ip netns exec wire ping -c 3 192.0.2.7"
+
+
+def job(backend: Backend, journal: list[Entry]) -> Job:
+    """A granted claim of a guest of its own, and its journal."""
+
+    @contextlib.contextmanager
+    def sharing() -> Iterator[Callable[[Entry], Entry]]:
+        yield lambda entry: journal.append(entry) or entry
+
+    intent = want(Port.VETH_MACVLAN, mac=MAC)
+    combination = Combination(Policy.ROUTE, Port.VETH_MACVLAN, backend)
+    assignment = Assignment(intent, combination, (Wanted(Resource.nic("up0"), Mode.SHARED),))
+    inventory = read_inventory(DEFAULT, ["up0"])
+    return Job(DEFAULT, inventory, assignment, intent, "0123456789abcdef", journal.extend, sharing)
+
+
+def find_arp(raw: socket.socket, operation: int) -> tuple[str, str]:
+    """The sender and the target of the next ARP packet of a kind (1 request, 2 reply)."""
+    while True:
+        frame = raw.recv(2048)
+        if frame[12:14] == b"\x08\x06" and frame[21] == operation:
+            return socket.inet_ntoa(frame[28:32]), socket.inet_ntoa(frame[38:42])
+
+
+def test_a_routed_guest_is_nothing_to_complain_about(uplink) -> None:
+    del uplink
+    me = Owner(OwnerKind.QEMU, "vm1", read_boot_id(DEFAULT), process=this_process(DEFAULT))
+    session = Session()
+    session.acquire(me, [want(Port.NONE)])
+    status = json.loads(vnet_lock("status", "--json"))
+    assert status["findings"] == []
+    for address in ADDRESSES:
+        assert f"address {address}: active" in vnet_lock("show", f"ip:{address}")
+    assert "192.0.2.99 is claimed" in vnet_lock("claim", "ip:192.0.2.99", "--pid", str(os.getpid()))
+    with pytest.raises(Refused, match=r"address 192\.0\.2\.99 is held by"):
+        session.acquire(owner(), [want(Port.NONE, "192.0.2.99")])
+    vnet_lock("release", "ip:192.0.2.99")
+    session.release(me)
+
+
+def vnet_lock(*words: str) -> str:
+    return subprocess.run([VNET_LOCK, *words], capture_output=True, text=True, check=True).stdout
+
+
 def take(port: Port) -> None:
     """What vnet-qemu does before it becomes QEMU."""
     session = Session()
@@ -325,11 +403,11 @@ def sources_seen(order: Callable[[], object]) -> set[str]:
         order()
         with contextlib.suppress(BlockingIOError):
             while True:
-                packet = raw.recv(2048)
-                if packet[0] >> 4 == 4 and packet[9] == 1 and packet[20] == 8:
-                    found.add(socket.inet_ntop(socket.AF_INET, packet[12:16]))
-                elif packet[0] >> 4 == 6 and packet[6] == 58 and packet[40] == 128:
-                    found.add(socket.inet_ntop(socket.AF_INET6, packet[8:24]))
+                seen = raw.recv(2048)
+                if seen[0] >> 4 == 4 and seen[9] == 1 and seen[20] == 8:
+                    found.add(socket.inet_ntop(socket.AF_INET, seen[12:16]))
+                elif seen[0] >> 4 == 6 and seen[6] == 58 and seen[40] == 128:
+                    found.add(socket.inet_ntop(socket.AF_INET6, seen[8:24]))
     return found
 
 

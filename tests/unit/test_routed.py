@@ -94,7 +94,7 @@ def test_what_no_guest_can_have_is_no_guests_address(text: str) -> None:
 
 def conf(tmp_path: Path, **devices: tuple[str, str]) -> Settings:
     """A host whose devices have these IPv6 settings: forwarding and accept_ra."""
-    for name, (forward, accept_ra) in {"all": ("0", "1"), "default": ("0", "0"), **devices}.items():
+    for name, (forward, accept_ra) in {"all": ("0", "1"), "default": ("0", "1"), **devices}.items():
         folder = tmp_path / "proc/sys/net/ipv6/conf" / name
         folder.mkdir(parents=True)
         (folder / "forwarding").write_text(forward + "\n")

@@ -110,6 +110,11 @@ def add_veth(name: str, peer: str, alias: str) -> None:
     _finish(name, alias, addrgenmode="none")
 
 
+def move_link(ifname: str, namespace: int) -> None:
+    """Move a device into the namespace that a descriptor is of; it is down there, without its addresses."""
+    _set(ifname, f"moving {ifname} into a namespace of its own", {}, net_ns_fd=namespace)
+
+
 def rename_link(old: str, new: str) -> None:
     """Give a device another name; VnetLockError where another has it."""
     if "%" in new:

@@ -33,7 +33,8 @@ def forward_ipv6(settings: Settings, share: Share, netdev: str) -> None:
     if not os.path.exists(f"{settings.proc}/sys/{_IPV6}"):
         raise Unsupported("this kernel has no IPv6; leave the guest's IPv6 address out")
     before = _read_all(settings)
-    listening = [name for name, pair in before.items() if pair == ("0", "1")]
+    # Not devices to come: whose links they will be isn't known, a guest's say.
+    listening = [name for name, pair in before.items() if pair == ("0", "1") and name != "default"]
     everywhere = sysctl.read(settings, f"{_IPV6}/all/forwarding")
     words = [f"all/forwarding={everywhere}"]
     if everywhere == "0":

@@ -17,7 +17,8 @@ from vnet_lock.ports import Job
 from vnet_lock.ports.macvlan import find_nic
 
 _GATEWAY_IPV4, _GATEWAY_IPV6 = "169.254.1.1", "fe80::1"
-# On the guest's link, {} is its name. Strict rp_filter: nobody but the guest's own addresses comes in.
+# On the guest's link, {} is its name. With rp_filter 1 only the guest's own addresses come in, unless that of
+# "all" is 2: the kernel takes the larger one.
 _IPV4_SETTINGS = {
     "net/ipv4/conf/{}/rp_filter": "1",
     "net/ipv4/conf/{}/accept_redirects": "0",
