@@ -150,7 +150,7 @@ def _read_intent(option: Option, network: Properties, nic: Nic | None) -> Intent
         vlan=_read_number(option, "vlan", network.get("vlan"), 4094),
         queues=queues,
         addresses=_read_addresses(option, network, policy),
-        dhcp=_read_switch(option, network, "dhcp"),
+        dhcp=_read_dhcp(option, network, policy),
     )
 
 
@@ -214,11 +214,14 @@ def _read_addresses(option: Option, network: Properties, policy: Policy) -> tupl
         raise BadInput(f"{option.text}: ip: {error}") from error
 
 
-def _read_switch(option: Option, network: Properties, key: str) -> bool:
-    text = network.get(key)
+def _read_dhcp(option: Option, network: Properties, policy: Policy) -> bool:
+    text = network.get("dhcp")
     if text not in (None, "on", "off", "True", "False"):  # JSON has true and false
-        raise BadInput(f'{option.text}: {key}="{text}" is neither on nor off')
-    return text in ("on", "True")
+        raise BadInput(f'{option.text}: dhcp="{text}" is neither on nor off')
+    is_on = text in ("on", "True")
+    if is_on and policy is not Policy.NAT:
+        raise BadInput(f"{option.text}: mode={policy} has no DHCP server of ours; leave dhcp= out")
+    return is_on
 
 
 def read_protocols(text: str, where: str) -> tuple[Backend, ...]:
