@@ -174,6 +174,18 @@ def advertise(ip: Ip) -> None:
     os.close(wire)
 
 
+@pytest.mark.parametrize("port", PORTS)
+def test_a_guest_without_ipv6_is_heard_by_no_ipv6_of_the_hosts(uplink, port: Port) -> None:
+    before = uplink()
+    session = Session()
+    session.acquire(owner(), [want(port, "192.0.2.7")])
+    links = [path.parent.name for path in IPV6_CONF.glob("vl*/disable_ipv6") if path.read_text() == "1\n"]
+    assert len(links) == (1 if port is Port.NONE else 2)
+    assert (IPV6_CONF / "all/forwarding").read_text() == "0\n"
+    session.release(owner())
+    assert_as(before)
+
+
 @pytest.mark.parametrize(
     ("address", "words"),
     [

@@ -8,13 +8,15 @@ On the uplink it answers for the guest's own addresses, so that its neighbours f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
-from vnet_lock.errors import Refused
+from vnet_lock.errors import Refused, Vanished
 from vnet_lock.journal import ProxyNeighbour
 from vnet_lock.model import Intent, Mode, Resource, Wanted
 from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvlan import find_nic
+from vnet_lock.settings import Settings
 
 _GATEWAY_IPV4, _GATEWAY_IPV6 = "169.254.1.1", "fe80::1"
 # On the guest's link, {} is its name. With rp_filter 1 only the guest's own addresses come in, unless that of
@@ -65,6 +67,14 @@ def uplink_of(job: Job) -> str:
     return next(nic.netdev for nic in inventory.nics if inventory.resource_of(nic) == job.device)
 
 
+def disable_ipv6(settings: Settings, link: str) -> None:
+    """Let the host's stack take no IPv6 from a link of ours, where it has any."""
+    from vnet_lock.kernel import sysctl
+
+    with suppress(Vanished):  # a kernel without IPv6
+        sysctl.write(settings, f"net/ipv6/conf/{link}/disable_ipv6", "1")
+
+
 def lead_to(job: Job, link: str) -> None:
     """Set a link of ours up as the way to the guest's addresses, and let the uplink's neighbours know.
 
@@ -88,9 +98,12 @@ def lead_to(job: Job, link: str) -> None:
         if has_ipv6:
             forwarding.forward_ipv6(job.settings, share, uplink)
             forwarding.answer_for_others(job.settings, share, uplink)
+    # Before it is up: else a guest could be taken for a router.
     chosen = (_IPV4_SETTINGS if has_ipv4 else {}) | (_IPV6_SETTINGS if has_ipv6 else {})
     for name, value in chosen.items():
         sysctl.write(job.settings, name.format(link), value)
+    if not has_ipv6:
+        disable_ipv6(job.settings, link)
     netlink.set_link(link, up=True)
     if has_ipv4:
         routes.add_gateway(link, _GATEWAY_IPV4, 32)

@@ -11,7 +11,7 @@ from vnet_lock.model import Intent
 from vnet_lock.planning import Candidate, Situation
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import ALIAS, link_name, open_macvlan, open_macvtap, random_mac
-from vnet_lock.ports.routed import lead_to, uplinks
+from vnet_lock.ports.routed import disable_ipv6, lead_to, uplinks
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
@@ -23,8 +23,9 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
 def open_port(job: Job) -> Opened:
     """Make the pair, the host's end and the guest's, and lead the guest's addresses to the first.
 
-    In passthru mode all that comes to the guest's end is the guest's, none of it the host's own stack's.
-    For a packet socket that end is in a namespace with the macvlan; the pair goes with either.
+    In passthru mode all that comes to the guest's end is the guest's; the host's stack, which sees broadcasts
+    there, too, has neither ARP nor IPv6 on it. For a packet socket that end is in a namespace with the
+    macvlan; the pair goes with either.
     """
     from vnet_lock.kernel import netlink
 
@@ -35,21 +36,22 @@ def open_port(job: Job) -> Opened:
     lead_to(job, host)
     combination = job.assignment.combination
     if not (combination and combination.backend.has_socket):
-        _set_up(guest)
+        _set_up(job, guest)
         return open_macvtap(job, guest, "passthru", mac)
     from vnet_lock.kernel.netns import call_in, make_namespace
 
     namespace = make_namespace(job.settings)
     try:
         netlink.move_link(guest, namespace)
-        call_in(namespace, lambda: _set_up(guest))
+        call_in(namespace, lambda: _set_up(job, guest))
         return open_macvlan(job, guest, "passthru", mac, namespace)
     except BaseException:
         os.close(namespace)
         raise
 
 
-def _set_up(guest: str) -> None:
+def _set_up(job: Job, guest: str) -> None:
     from vnet_lock.kernel import netlink
 
+    disable_ipv6(job.settings, guest)
     netlink.set_link(guest, arp=False, addrgenmode="none", up=True)
