@@ -61,12 +61,7 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
 
             sysctl.restore(settings, entry.name, entry.before)
         case Sysctls():
-            from vnet_lock.kernel import sysctl
-
-            for word in entry.before.split():
-                name, _, value = word.partition("=")
-                with suppress(Vanished):  # that device is gone, the others are not
-                    sysctl.restore(settings, f"{entry.directory}/{name}", value)
+            _restore_sysctls(settings, entry)
         case ProxyNeighbour():
             from vnet_lock.kernel import routes
 
@@ -82,6 +77,15 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
             _restore_link(settings, entry)
         case _ as never:
             assert_never(never)
+
+
+def _restore_sysctls(settings: Settings, saved: Sysctls) -> None:
+    from vnet_lock.kernel import sysctl
+
+    for word in saved.before.split():
+        name, _, value = word.partition("=")
+        with suppress(Vanished):  # that device is gone, the others are not
+            sysctl.restore(settings, f"{saved.directory}/{name}", value)
 
 
 def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:
