@@ -11,7 +11,18 @@ from vnet_lock.journal import SharedLink
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.marks import PREFIX, read_mark
-from vnet_lock.model import Claim, Claims, Inventory, Mode, Owner, Resource, State, User, Wanted
+from vnet_lock.model import (
+    Claim,
+    Claims,
+    Inventory,
+    Mode,
+    Owner,
+    Resource,
+    ResourceKind,
+    State,
+    User,
+    Wanted,
+)
 from vnet_lock.planning import name_of
 from vnet_lock.rules import conflict, holder_text
 from vnet_lock.settings import Settings
@@ -238,7 +249,7 @@ class _Auditor:
 
     def _find_vanished(self) -> None:
         for resource, claims in self.claims.items():
-            if resource in self.known:
+            if resource in self.known or resource.kind is ResourceKind.IP:
                 continue
             for claim in claims:
                 if self.lives(claim):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Unsupported
-from vnet_lock.model import Fixed, Form, Intent, PciAddress, Request, is_ifname
+from vnet_lock.model import Fixed, Form, Intent, PciAddress, Request, is_ifname, parse_guest_address
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element, TreeBuilder
@@ -23,7 +23,7 @@ SIZE_LIMIT_BYTES = 8 * 1024 * 1024
 _FAMILY = "{urn:vnet-lock:guest"
 _GUEST = f"{{{NAMESPACE}}}guest"
 _INTERFACE = f"{{{NAMESPACE}}}interface"
-_KNOWN = ("alias", "policy", "dev", "port", "backends", "vlan", "queues", "pool")
+_KNOWN = ("alias", "policy", "dev", "port", "backends", "vlan", "queues", "ip", "dhcp", "pool")
 
 # libvirt keeps a user's alias only where it is like this (virDomainDeviceAliasIsUserAlias).
 _ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
@@ -243,12 +243,6 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
         raise BadInput(f"{what}: <{_plain(element[0])}> is unknown; an intent has attributes only")
     if element.get("pool") is not None:
         raise BadInput(f"{what}: pools are not supported yet; name the device with dev=")
-    devs = tuple(element.get("dev", "").split())
-    if not devs:
-        raise BadInput(f"{what}: dev= is missing; name a network device or a PCI address")
-    for dev in devs:
-        if not is_ifname(dev) and not _is_pci(dev):
-            raise BadInput(f"{what}: dev {dev!r} is neither a network device's name nor a PCI address")
     policy, ports, backends = _read_combinations(element, what)
     target = interfaces.get(alias)
     if target is None:
@@ -259,14 +253,47 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
     return Intent(
         interface=alias,
         policy=policy,
-        devs=devs,
+        devs=_read_devs(element, policy, what),
         ports=ports,
         backends=backends,
         mac=_read_mac(target, what),
         vlan=None if vlan is None else _within(vlan, 1, 4094, f"{what}: vlan"),
         queues=_within(queues, 1, _QUEUES_LIMIT, f"{what}: queues"),
         ifname=_attribute(target, "target", "dev"),
+        addresses=_read_addresses(element, policy, what),
+        dhcp=_read_dhcp(element, policy, what),
     )
+
+
+def _read_devs(element: Element, policy: Policy, what: str) -> tuple[str, ...]:
+    devs = tuple(element.get("dev", "").split())
+    if not devs and policy is not Policy.NAT:
+        raise BadInput(f"{what}: dev= is missing; name a network device or a PCI address")
+    for dev in devs:
+        if not is_ifname(dev) and not _is_pci(dev):
+            raise BadInput(f"{what}: dev {dev!r} is neither a network device's name nor a PCI address")
+    return devs
+
+
+def _read_addresses(element: Element, policy: Policy, what: str) -> tuple[str, ...]:
+    """The guest's own addresses, which only a route needs to know."""
+    texts = element.get("ip", "").split()
+    if bool(texts) != (policy is Policy.ROUTE):
+        need = "takes no ip=" if texts else 'needs the guest\'s own address: add ip="192.0.2.7"'
+        raise BadInput(f"{what}: policy {policy} {need}")
+    try:
+        return tuple(dict.fromkeys(map(parse_guest_address, texts)))
+    except ValueError as error:
+        raise BadInput(f"{what}: ip: {error}") from error
+
+
+def _read_dhcp(element: Element, policy: Policy, what: str) -> bool:
+    dhcp = element.get("dhcp", "off")
+    if dhcp not in ("on", "off"):
+        raise BadInput(f"{what}: dhcp {dhcp!r} is neither on nor off")
+    if dhcp == "on" and policy is not Policy.NAT:
+        raise BadInput(f"{what}: policy {policy} has no DHCP server of ours; leave dhcp= out")
+    return dhcp == "on"
 
 
 def _read_combinations(element: Element, what: str) -> tuple[Policy, tuple[Port, ...], tuple[Backend, ...]]:

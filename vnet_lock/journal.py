@@ -99,13 +99,45 @@ class DhcpServer:
 
 
 @dataclass(frozen=True, slots=True)
+class Sysctls:
+    """Settings below one directory before, that change together, and that guests share.
+
+    ``before`` has a word NAME=VALUE for each, in the order in which they are restored:
+    ``all/forwarding=0 eth0/accept_ra=1`` below net/ipv6/conf.
+    """
+
+    directory: str
+    before: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyNeighbour:
+    """An address that the host answers for on one of its devices (``ip neighbour show proxy``)."""
+
+    netdev: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class SocketFile:
     """A unix socket in the file system, where the guest's QEMU finds its network."""
 
     path: str
 
 
-Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | NatTable | DhcpServer | SocketFile
+Entry = (
+    VfAdmin
+    | Link
+    | Driver
+    | MadeLink
+    | SharedLink
+    | Sysctl
+    | Sysctls
+    | ProxyNeighbour
+    | NatTable
+    | DhcpServer
+    | SocketFile
+)
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
     "link": Link,
@@ -115,6 +147,8 @@ _KINDS: dict[str, type[Entry]] = {
     "sysctl": Sysctl,
     "nat-table": NatTable,
     "dhcp-server": DhcpServer,
+    "sysctls": Sysctls,
+    "proxy-neighbour": ProxyNeighbour,
     "socket-file": SocketFile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
@@ -134,6 +168,8 @@ def share_key(entry: Entry) -> str | None:
             return f"nat {entry.bridge}"
         case DhcpServer():
             return f"dhcp {entry.bridge} {entry.pid} {entry.start_ticks}"
+        case Sysctls():
+            return f"sysctls {entry.directory}"
         case _:
             return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -48,11 +49,12 @@ class ResourceKind(StrEnum):
     VF = "vf"
     PF = "pf"  # any physical network function, with SR-IOV or without
     NIC = "nic"  # a network device with no PCI function of its own: bond, bridge, VLAN, veth
+    IP = "ip"  # an IP address of a routed guest
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Resource:
-    """``vf:0000:01:10.0``, ``pf:0000:01:00.0`` or ``nic:bond0``."""
+    """``vf:0000:01:10.0``, ``pf:0000:01:00.0``, ``nic:bond0`` or ``ip:192.0.2.7``."""
 
     kind: ResourceKind
     name: str
@@ -73,22 +75,31 @@ class Resource:
         return cls(ResourceKind.NIC, netdev)
 
     @classmethod
+    def ip(cls, address: str) -> Resource:
+        """An IP address, as ``parse_address`` returns it."""
+        return cls(ResourceKind.IP, address)
+
+    @classmethod
     def parse(cls, text: str) -> Resource:
         """ValueError where the text is no resource."""
         kind, colon, name = text.partition(":")
         if not colon or kind not in tuple(ResourceKind):
-            raise ValueError(f"{text!r} is no resource (like vf:0000:af:06.0, pf:0000:af:00.0, nic:bond0)")
+            raise ValueError(
+                f"{text!r} is no resource (like vf:0000:af:06.0, pf:0000:af:00.0, nic:bond0, ip:192.0.2.7)"
+            )
         if kind == ResourceKind.NIC:
             if not is_ifname(name):
                 raise ValueError(f"{name!r} is not the name of a network device")
+        elif kind == ResourceKind.IP:
+            name = parse_address(name)
         else:
             name = PciAddress.parse(name).text
         return cls(ResourceKind(kind), name)
 
     @property
     def pci(self) -> PciAddress | None:
-        """The PCI address; None for a nic."""
-        return None if self.kind is ResourceKind.NIC else PciAddress.parse(self.name)
+        """The PCI address; None for what is no PCI function."""
+        return PciAddress.parse(self.name) if self.kind in (ResourceKind.VF, ResourceKind.PF) else None
 
     @property
     def text(self) -> str:
@@ -102,6 +113,29 @@ class Resource:
 def is_ifname(text: str) -> bool:
     """Whether the kernel takes this as a device's name (dev_valid_name, net/core/dev.c)."""
     return 0 < len(text.encode()) < 16 and text not in (".", "..") and not re.search(r"[/:\s\0]", text)
+
+
+def parse_address(text: str) -> str:
+    """An IP address as the kernel writes it; ValueError where the text is none."""
+    import socket  # 5 ms, and only routed guests have addresses
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with suppress(OSError):
+            return socket.inet_ntop(family, socket.inet_pton(family, text))
+    raise ValueError(f"{text!r} is no IP address (like 192.0.2.7 or 2001:db8::7)")
+
+
+def parse_guest_address(text: str) -> str:
+    """As ``parse_address``; ValueError also for what no guest can have for itself on a network."""
+    from ipaddress import ip_address  # 8 ms
+
+    address = ip_address(parse_address(text))
+    for what in ("unspecified", "loopback", "multicast", "link_local", "reserved"):
+        if getattr(address, f"is_{what}"):
+            raise ValueError(
+                f"{address} is {what.replace('_', '-')}: no address that can be routed to a guest"
+            )
+    return parse_address(text)
 
 
 class Mode(StrEnum):

@@ -376,8 +376,9 @@ def nic_wanted(inventory: Inventory, nic: Nic, mode: Mode) -> tuple[Wanted, ...]
 
 
 def name_of(resource: Resource) -> str:
-    """A resource as a person calls it: ``VF 0000:af:06.2``, ``device bond0``."""
-    return f"{'device' if resource.kind is ResourceKind.NIC else resource.kind.upper()} {resource.name}"
+    """A resource as a person calls it: ``VF 0000:af:06.2``, ``device bond0``, ``address 192.0.2.7``."""
+    words = {ResourceKind.NIC: "device", ResourceKind.IP: "address"}
+    return f"{words.get(resource.kind) or resource.kind.upper()} {resource.name}"
 
 
 def _exclusive(inventory: Inventory, pci: PciAddress) -> Wanted:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, ports_of
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Intent, PciAddress, is_ifname
+from vnet_lock.model import Intent, PciAddress, is_ifname, parse_guest_address
 from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options
 
 _KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues", "ip", "dhcp")
@@ -153,7 +153,7 @@ def _read_intent(option: Option, network: Properties, nic: Nic | None) -> Intent
         vlan=_read_number(option, "vlan", network.get("vlan"), 4094),
         queues=queues,
         addresses=_read_addresses(option, network, policy),
-        dhcp=_read_switch(option, network, "dhcp"),
+        dhcp=_read_dhcp(option, network, policy),
     )
 
 
@@ -211,21 +211,20 @@ def _read_addresses(option: Option, network: Properties, policy: Policy) -> tupl
     if bool(texts) != (policy is Policy.ROUTE):
         need = "needs the guest's own address: add ip=192.0.2.7" if not texts else "takes no ip="
         raise BadInput(f"{option.text}: mode={policy} {need}")
-    if not texts:
-        return ()
-    from ipaddress import ip_address  # 8 ms, and only a route has any
-
     try:
-        return tuple(dict.fromkeys(str(ip_address(text)) for text in texts))
+        return tuple(dict.fromkeys(map(parse_guest_address, texts)))
     except ValueError as error:
-        raise BadInput(f"{option.text}: ip: {error} (like 192.0.2.7 or 2001:db8::7)") from error
+        raise BadInput(f"{option.text}: ip: {error}") from error
 
 
-def _read_switch(option: Option, network: Properties, key: str) -> bool:
-    text = network.get(key)
+def _read_dhcp(option: Option, network: Properties, policy: Policy) -> bool:
+    text = network.get("dhcp")
     if text not in (None, "on", "off", "True", "False"):  # JSON has true and false
-        raise BadInput(f'{option.text}: {key}="{text}" is neither on nor off')
-    return text in ("on", "True")
+        raise BadInput(f'{option.text}: dhcp="{text}" is neither on nor off')
+    is_on = text in ("on", "True")
+    if is_on and policy is not Policy.NAT:
+        raise BadInput(f"{option.text}: mode={policy} has no DHCP server of ours; leave dhcp= out")
+    return is_on
 
 
 def read_protocols(text: str, where: str) -> tuple[Backend, ...]:

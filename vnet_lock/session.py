@@ -328,7 +328,10 @@ class Session:
     def _observe(self, requests: tuple[Request, ...]) -> Inventory:
         devices: list[str] = []
         for request in requests:
-            devices += [str(request.device)] if isinstance(request, Fixed) else request.devs
+            if isinstance(request, Fixed):
+                devices.append(str(request.device))
+            else:
+                devices += [*request.devs, *request.addresses]
         return read_inventory(self.settings, devices)
 
     def _situation(
@@ -553,6 +556,8 @@ def _first(claims: Claims, token: str) -> Claim:
 def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[Wanted, ...]:
     """The claims that using a resource takes; BadInput where there is no such device."""
     pci = resource.pci
+    if resource.kind is ResourceKind.IP:
+        return (Wanted(resource, mode),)
     if pci is None:
         nic = inventory.nic_named(resource.name)
         if nic is None:

@@ -15,9 +15,11 @@ from vnet_lock.journal import (
     Link,
     MadeLink,
     NatTable,
+    ProxyNeighbour,
     SharedLink,
     SocketFile,
     Sysctl,
+    Sysctls,
     VfAdmin,
     share_key,
 )
@@ -68,6 +70,12 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
             from vnet_lock.kernel import dnsmasq
 
             dnsmasq.end(settings, entry.bridge, Process(entry.pid, entry.start_ticks))
+        case Sysctls():
+            _restore_sysctls(settings, entry)
+        case ProxyNeighbour():
+            from vnet_lock.kernel import routes
+
+            routes.remove_proxy(entry.netdev, entry.address)
         case SocketFile():
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
@@ -79,6 +87,15 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
             _restore_link(settings, entry)
         case _ as never:
             assert_never(never)
+
+
+def _restore_sysctls(settings: Settings, saved: Sysctls) -> None:
+    from vnet_lock.kernel import sysctl
+
+    for word in saved.before.split():
+        name, _, value = word.partition("=")
+        with suppress(Vanished):  # that device is gone, the others are not
+            sysctl.restore(settings, f"{saved.directory}/{name}", value)
 
 
 def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
-from vnet_lock.combination import Backend, Policy, Port
+from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.domain_xml import NAMESPACE, SIZE_LIMIT_BYTES, read_guest, read_identity
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.model import Fixed, Form, Intent, PciAddress
@@ -104,6 +104,13 @@ def test_the_examples_of_intents_ask_for_just_these() -> None:
     assert (first.devs, first.ports, first.vlan) == (("enp1s0f0", "enp1s0f1"), (Port.SRIOV,), 42)
     assert second.devs == ("enp1s0f1", "enp1s0f0")
     assert (named.policy, named.devs, named.queues) == (Policy.PRIVATE, ("0000:01:10.4",), 4)
+    (routed,) = example("intent-route.xml")
+    assert isinstance(routed, Intent)
+    assert (routed.policy, routed.devs, routed.backends) == (Policy.ROUTE, ("enp1s0",), taps)
+    assert routed.addresses == ("192.0.2.7", "2001:db8::7")
+    (nat,) = example("intent-nat.xml")
+    assert isinstance(nat, Intent)
+    assert (nat.policy, nat.devs, nat.backends, nat.dhcp) == (Policy.NAT, (), taps, True)
 
 
 # --- what libvirt opens -------------------------------------------------------------------------
@@ -218,6 +225,30 @@ def test_queues_come_from_the_driver_where_the_intent_says_none() -> None:
     assert request.queues == 4
 
 
+@pytest.mark.parametrize(
+    ("policy", "port"),
+    [
+        (policy, port)
+        for policy in Policy
+        for port in ports_of(policy)
+        if Backend.TAP in backends_of(policy, port)
+    ],
+)
+def test_libvirt_takes_every_policy_and_port_that_has_a_tap(policy: Policy, port: Port) -> None:
+    ip = "192.0.2.7" if policy is Policy.ROUTE else ""
+    (request,) = read_guest(domain(ETHERNET, intent(policy=policy, port=port, ip=ip))).requests
+    assert isinstance(request, Intent)
+    assert (request.policy, request.ports) == (policy, (port,))
+    assert request.backends == (Backend.TAP_VHOST, Backend.TAP)
+
+
+def test_addresses_are_read_as_the_kernel_writes_them() -> None:
+    words = intent(policy="route", ip="2001:DB8:0::7 192.0.2.7 2001:db8::7", dhcp="off")
+    (request,) = read_guest(domain(ETHERNET, words)).requests
+    assert isinstance(request, Intent)
+    assert request.addresses == ("2001:db8::7", "192.0.2.7")
+
+
 def intent(**attributes: str) -> str:
     words = {"alias": "ua-net0", "policy": "vepa", "dev": "eth0", **attributes}
     return "<vnet:interface " + " ".join(f'{name}="{value}"' for name, value in words.items() if value) + "/>"
@@ -233,6 +264,15 @@ def intent(**attributes: str) -> str:
         (intent(backends="tun"), "'tun'"),
         (intent(dev=""), "dev= is missing"),
         (intent(dev="a/b"), "'a/b'"),
+        (intent(policy="route"), 'needs the guest\'s own address: add ip="192.0.2.7"'),
+        (intent(ip="192.0.2.7"), "policy vepa takes no ip="),
+        (intent(policy="route", ip="192.0.2.300"), "'192.0.2.300' is no IP address"),
+        (intent(policy="route", ip="192.0.2.7/24"), "'192.0.2.7/24' is no IP address"),
+        (intent(policy="route", ip="169.254.1.1"), "169.254.1.1 is link-local"),
+        (intent(policy="route", ip="fe80::7"), "fe80::7 is link-local"),
+        (intent(policy="route", ip="::ffff:192.0.2.7"), "is reserved"),
+        (intent(policy="nat", dhcp="yes"), "dhcp 'yes' is neither on nor off"),
+        (intent(dhcp="on"), "policy vepa has no DHCP server"),
         (intent(dev="", pool="fabric-a"), "pools are not supported yet; name the device with dev="),
         (intent(vlan="0"), "1 to 4094"),
         (intent(vlan="4095"), "1 to 4094"),

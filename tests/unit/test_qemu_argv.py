@@ -295,7 +295,32 @@ BAD = [
     (f"{HOST},mac=52:54:00:00:00:01 {DEVICE},mac=52:54:00:00:00:02", "leave one of them"),
     (f"{HOST},protocols=vfio -device usb-net,netdev=net0", "none of its protocols goes with usb-net"),
     ("""-netdev '{"type":"host",'""", "broken JSON"),
+    ("-netdev host,id=net0,mode=route,dev=eth0", "mode=route needs the guest's own address: add ip="),
+    ("-netdev host,id=net0,mode=route,ip=192.0.2.7", "dev= is missing"),
+    (f"{HOST},ip=192.0.2.7", "mode=vepa takes no ip="),
+    ("-netdev host,id=net0,mode=route,dev=eth0,ip=192.0.2.7/24", "'192.0.2.7/24' is no IP address"),
+    ("-netdev host,id=net0,mode=route,dev=eth0,ip=fe80::7", "fe80::7 is link-local: no address that can be"),
+    ("-netdev host,id=net0,mode=nat,dhcp=yes", 'dhcp="yes" is neither on nor off'),
+    (f"{HOST},dhcp=on", "mode=vepa has no DHCP server of ours"),
 ]
+
+
+def test_a_routed_guests_addresses_are_as_the_kernel_writes_them():
+    line = "-netdev host,id=net0,mode=route,dev=eth0,ip=2001:DB8:0::7,ip=192.0.2.7,ip=2001:db8::7"
+    assert read_argv(line.split()).intents[0].addresses == ("2001:db8::7", "192.0.2.7")
+
+
+@pytest.mark.parametrize(
+    ("words", "dhcp"),
+    [
+        ("-nic host,mode=nat,dhcp=on", True),
+        ("-nic host,mode=nat,dhcp=off", False),
+        ("-nic host,mode=nat", False),
+    ],
+)
+def test_a_nat_guest_needs_no_device_and_may_have_a_dhcp_server(words, dhcp):
+    (intent,) = read_argv(words.split()).intents
+    assert (intent.devs, intent.dhcp) == ((), dhcp)
 
 
 @pytest.mark.parametrize(("line", "reason"), BAD)

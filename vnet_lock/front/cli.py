@@ -124,7 +124,7 @@ def _add_resource(verb: argparse.ArgumentParser) -> None:
         "resource",
         metavar="RESOURCE",
         type=_resource,
-        help="vf:0000:af:06.0, pf:0000:af:00.0 or nic:bond0",
+        help="vf:0000:af:06.0, pf:0000:af:00.0, nic:bond0 or ip:192.0.2.7",
     )
 
 

@@ -241,6 +241,8 @@ def _device_lines(audit: Audit, resource: Resource) -> Iterator[str]:
         yield f"driver {function.driver or 'none'}, netdev {function.netdev or 'none'}, IOMMU group {group}"
     elif nic:
         yield f"{nic.kind}, {nic.mac}, {'up' if nic.up else 'down'}"
+    elif resource.kind is ResourceKind.IP:
+        yield "an address of a routed guest"
     else:
         yield "there is no such device here"
 

@@ -33,7 +33,8 @@ Runs QEMU with its host networks opened, and claimed for as long as it runs:
   mode=veb|vepa|private|nat|route    who may talk to whom (bridge is another word for veb)
   dev=DEVICE                         a network device or a PCI address; several dev= are tried in their order
   port=sriov|macvlan|bridge|...      what the guest's port is; the best of what mode allows, if not given
-  protocols=A:B:...                  how QEMU is connected: tap, socket, vhost (these with vhost-net), vfio, user
+  protocols=A:B:...                  how QEMU is connected: tap, socket (both also with vhost), vfio, user
+  ip=ADDRESS                         for mode=route: the guest's own address; several ip= for several of them
   mac=MAC  vlan=ID  queues=N  dhcp=on|off (a server on a NAT bridge)
 
 PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.

@@ -21,7 +21,7 @@ from vnet_lock.settings import DEFAULT, Settings
 
 _MODES = ("bridge", "passthru", "private", "vepa")
 # include/uapi/linux/if.h
-_IFF_UP, _IFF_ALLMULTI = 0x1, 0x200
+_IFF_UP, _IFF_NOARP, _IFF_ALLMULTI = 0x1, 0x80, 0x200
 # include/uapi/linux/if_tun.h
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI = 0x0002, 0x0100, 0x1000
@@ -116,6 +116,21 @@ def add_bridge(name: str, mac: str, alias: str) -> None:
     _finish(name, alias, addrgenmode="none")
 
 
+def add_veth(name: str, peer: str, alias: str) -> None:
+    """Make a pair of joined devices, both down; ``peer`` goes with ``name``, wherever it is then.
+
+    ``name`` carries the ifalias, and gets no IPv6 addresses of its own. Where a step fails nothing stays.
+    """
+    with _route() as route, _explained(f"making veth {name} with peer {peer}", name, _NEW_VETH):
+        route.link("add", ifname=name, kind="veth", peer={"ifname": peer})
+    _finish(name, alias, addrgenmode="none")
+
+
+def move_link(ifname: str, namespace: int) -> None:
+    """Move a device into the namespace that a descriptor is of; it is down there, without its addresses."""
+    _set(ifname, f"moving {ifname} into a namespace of its own", {}, net_ns_fd=namespace)
+
+
 def rename_link(old: str, new: str) -> None:
     """Give a device another name; VnetLockError where another has it."""
     if "%" in new:
@@ -131,6 +146,7 @@ def set_link(
     mac: str | None = None,
     mtu: int | None = None,
     allmulticast: bool | None = None,
+    arp: bool | None = None,
     addrgenmode: str | None = None,
 ) -> None:
     """Change what is not None. ``addrgenmode`` is ``none``, ``eui64``, ``random`` or ``stable_secret``.
@@ -157,6 +173,8 @@ def set_link(
     if allmulticast is not None:
         flags = _IFF_ALLMULTI if allmulticast else 0
         _set(ifname, f"setting allmulticast of {ifname}", {}, flags=flags, change=_IFF_ALLMULTI)
+    if arp is not None:
+        _set(ifname, f"setting ARP of {ifname}", {}, flags=0 if arp else _IFF_NOARP, change=_IFF_NOARP)
     if up:
         _set(ifname, f"setting {ifname} up", _UP, flags=_IFF_UP, change=_IFF_UP)
 
@@ -250,6 +268,10 @@ _NEW_TAP = {
 _NEW_BRIDGE = {
     errno.EEXIST: "there is a device of that name; see: ip link",
     errno.EOPNOTSUPP: "this kernel has no bridge; run: modprobe bridge",
+}
+_NEW_VETH = {
+    errno.EEXIST: "there is a device of that name; see: ip link",
+    errno.EOPNOTSUPP: "this kernel has no veth; run: modprobe veth",
 }
 _RENAME = {
     errno.EEXIST: "another device has that name; see: ip link",

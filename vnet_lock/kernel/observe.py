@@ -8,7 +8,17 @@ from typing import TypeVar
 
 from vnet_lock.kernel import rtnetlink, sysfs
 from vnet_lock.kernel.users import read_users
-from vnet_lock.model import Inventory, Nic, PciAddress, Pf, is_ifname
+from vnet_lock.model import (
+    Inventory,
+    Nic,
+    PciAddress,
+    Pf,
+    Resource,
+    UseKind,
+    User,
+    is_ifname,
+    parse_address,
+)
 from vnet_lock.settings import Settings
 
 T = TypeVar("T")
@@ -21,7 +31,8 @@ def read_inventory(settings: Settings, devices: Collection[str] | None = None) -
     """The network functions and devices of this host, and their users.
 
     ``devices`` (names or PCI addresses) restricts it to what these concern: a VF's or PF's whole PF, a
-    network device with all below it and what stands directly on it. What isn't there is absent.
+    network device with all below it and what stands directly on it. What isn't there is absent. An IP
+    address among them has the host as its user where it is the host's own.
     """
     seen = _read_all(settings) if devices is None else _read_concerned(settings, devices)
     for _ in range(_TRIES - 1):
@@ -32,10 +43,11 @@ def read_inventory(settings: Settings, devices: Collection[str] | None = None) -
     told = _ask_netlink(pfs, nics.values())
     pfs = tuple(_with_eswitch(pf, nics, told) for pf in pfs)
     nics = {name: _as_told(nic, told) for name, nic in nics.items()}
+    users = read_users(settings, pfs, nics.values(), told.addresses, thorough=devices is None)
     return Inventory(
         pfs=pfs,
         nics=tuple(nics.values()),
-        users=read_users(settings, pfs, nics.values(), told.addresses, thorough=devices is None),
+        users=users | _read_address_users(devices or ()),
         iommu_groups=seen.iommu_groups,
     )
 
@@ -108,6 +120,22 @@ def _parse_pci(name: str) -> PciAddress | None:
 def _read_groups(settings: Settings, pfs: Iterable[Pf]) -> dict[int, tuple[PciAddress, ...]]:
     groups = {group for pf in pfs for group in (pf.iommu_group, *(vf.iommu_group for vf in pf.vfs))}
     return {group: sysfs.read_iommu_group(settings, group) for group in groups if group is not None}
+
+
+def _read_address_users(devices: Iterable[str]) -> dict[Resource, tuple[User, ...]]:
+    asked = {name for name in devices if _is_address(name)}
+    if not asked:
+        return {}
+    user = User(None, "host", "an address of its own", UseKind.ADDRESS)
+    found = {address for addresses in rtnetlink.read_addresses().values() for address in addresses}
+    return {Resource.ip(address): (user,) for address in asked & found}
+
+
+def _is_address(name: str) -> bool:
+    try:
+        return _parse_pci(name) is None and parse_address(name) == name
+    except ValueError:
+        return False
 
 
 # --- what sysfs doesn't tell --------------------------------------------------------------------

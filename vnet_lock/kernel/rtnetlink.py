@@ -1,7 +1,7 @@
 """What only rtnetlink tells: VFs as their PF has them, embedded switches, addresses, links elsewhere.
 
 A small reader of our own, for hooks: pyroute2 costs 250 ms to import. Changes nothing; netlink.py does.
-Numbers and layouts are from the kernel's include/uapi/linux/{netlink,rtnetlink,if_link,if_addr}.h.
+Numbers and layouts are from the kernel's include/uapi/linux/{netlink,rtnetlink,if_link,if_addr,neighbour}.h.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
-_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNSID = 18, 22, 26, 90
+_RTM_GETLINK, _RTM_GETADDR, _RTM_GETROUTE, _RTM_GETNEIGH, _RTM_GETNSID = 18, 22, 26, 30, 90
 _AF_BRIDGE = 7
 _MSG_TRUNC = 0x20
 
@@ -35,6 +35,7 @@ _IFLA_VF_MAC, _IFLA_VF_VLAN, _IFLA_VF_TX_RATE, _IFLA_VF_SPOOFCHK = 1, 2, 3, 4
 _IFLA_VF_LINK_STATE, _IFLA_VF_RATE, _IFLA_VF_TRUST = 5, 6, 9
 _IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _RTA_DST = 1
+_NDA_DST, _NTF_PROXY = 1, 0x08
 _NETNSA_NSID, _NETNSA_FD = 1, 3
 _RTEXT_FILTER_VF, _RTEXT_FILTER_SKIP_STATS = 1, 8
 _RT_SCOPE_LINK = 253
@@ -44,6 +45,7 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
 _IFADDR = struct.Struct("=BBBBI")  # struct ifaddrmsg
 _RTMSG = struct.Struct("=BBBBBBBBI")  # struct rtmsg
+_NDMSG = struct.Struct("=BxxxiHBB")  # struct ndmsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 _U32 = struct.Struct("=I")
 # Bits 15 and 14 of an attribute's type are flags (NLA_F_NESTED, NLA_F_NET_BYTEORDER).
@@ -172,6 +174,20 @@ def read_ipv4_networks() -> frozenset[tuple[str, int]]:
         address = dict(_attributes(message[_RTMSG.size :])).get(_RTA_DST, b"")
         if family == socket.AF_INET and len(address) == 4:
             found.add((socket.inet_ntop(family, address), length))
+    return frozenset(found)
+
+
+def read_proxies() -> frozenset[tuple[int, str]]:
+    """The addresses that the host answers for on its devices, each with the device's ifindex."""
+    import socket  # loaded by then
+
+    found: set[tuple[int, str]] = set()
+    for message in _dump("proxy neighbours", _RTM_GETNEIGH, _NDMSG.pack(0, 0, 0, _NTF_PROXY, 0)):
+        _require(message, _NDMSG.size)
+        family, ifindex, *_ = _NDMSG.unpack_from(message)
+        address = dict(_attributes(message[_NDMSG.size :])).get(_NDA_DST, b"")
+        if (family, len(address)) in ((socket.AF_INET, 4), (socket.AF_INET6, 16)):
+            found.add((ifindex, socket.inet_ntop(family, address)))
     return frozenset(found)
 
 
