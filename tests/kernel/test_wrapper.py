@@ -181,13 +181,14 @@ def test_a_daemon_that_cannot_start_leaves_nothing_behind(host):
 
 
 def test_a_daemon_killed_with_its_keeper_is_healed_by_the_next_command(host):
-    assert host.qemu(f"{QEMU} -daemonize {NET},mac={MAC} {NIC}").returncode == 0
+    name = f"kept-{os.getpid()}"  # /proc shows what other runs of this test have started, too
+    assert host.qemu(f"{QEMU} -daemonize -name {name} {NET},mac={MAC} {NIC}").returncode == 0
     (claim,) = host.claims()
     daemon = claim["owner"]["process"]["pid"]
     (keeper,) = [
         int(path.name)
         for path in Path("/proc").glob("[0-9]*")
-        if b"vnet-qemu" in read_bytes(path / "cmdline") and MAC.encode() in read_bytes(path / "cmdline")
+        if b"vnet-qemu" in read_bytes(path / "cmdline") and name.encode() in read_bytes(path / "cmdline")
     ]
     os.kill(keeper, signal.SIGKILL)
     os.kill(daemon, signal.SIGKILL)
