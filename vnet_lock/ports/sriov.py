@@ -9,6 +9,7 @@ from vnet_lock.errors import Unsupported, Vanished, VnetLockError
 from vnet_lock.model import Intent, Inventory, Mode, PciAddress, Pf, Vf, Wanted
 from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
 from vnet_lock.ports import Job, Opened
+from vnet_lock.ports.eswitch import hold_mode
 from vnet_lock.ports.function import bind_to_vfio, find_function, require_group, why_not
 from vnet_lock.ports.macvtap import open_macvtap, random_mac
 
@@ -54,6 +55,7 @@ def open_port(job: Job) -> Opened:
     is_vfio = job.assignment.combination and job.assignment.combination.backend is Backend.VFIO
     if is_vfio:
         require_group(job, vf.pci)
+    hold_mode(job, pf)
     job.journal(read_before(job.settings, vf.pci))
     if is_vfio:
         return _open_vfio(job, vf, pf.netdev)
@@ -114,11 +116,9 @@ def _candidate(vf: Vf, intent: Intent, backend: Backend, situation: Situation) -
         reason = why_not(situation.inventory, vf.pci)
     elif vf.netdev is None and not situation.inventory.users_of(vf.resource):
         reason = f"{name} has no network device here (driver: {vf.driver or 'none'})"
-    if not reason and pf and intent.policy is Policy.VEPA and pf.eswitch != "vepa":
-        mode = f"is in {pf.eswitch} mode" if pf.eswitch else "has no mode that its driver could change"
-        reason = f"the embedded switch of {pf.netdev or pf.pci} {mode}"
-    elif not reason and pf and intent.policy is Policy.VEB and pf.eswitch == "vepa":
-        reason = f"the embedded switch of {pf.netdev or pf.pci} is in vepa mode"
+    if not reason and pf and intent.policy is Policy.VEPA and pf.eswitch is None:
+        driver = pf.driver or "its driver"
+        reason = f"the embedded switch of {pf.netdev or pf.pci} has no VEPA mode that {driver} could set"
     return Candidate(name, wanted, reason)
 
 
