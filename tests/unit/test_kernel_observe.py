@@ -253,6 +253,19 @@ def test_addresses_count_on_a_device_that_is_up(host: FakeHost):
     }
 
 
+def test_a_default_route_through_a_device_without_an_address_is_the_hosts_use(host: FakeHost):
+    row = "{}\t{}\t00000000\t0001\t0\t0\t0\t{}\t0\t0\t0"
+    rows = [
+        "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT",
+        row.format("eno1", "00000000", "00000000"),
+        row.format("enp1s0", "0000A8C0", "00FFFFFF"),
+    ]
+    build(host.root, {"proc/net/route": "\n".join(rows) + "\n"})
+    (found,) = users(host, "pf:0000:02:00.0")
+    assert (found.by_whom, found.kind) == ("by host: default route through eno1", UseKind.ADDRESS)
+    assert users(host, f"pf:{PF}") == ()
+
+
 def test_a_packet_socket_is_a_use_and_names_its_process(host: FakeHost):
     ifindex = host.nic("lab0")
     packet = "sk       RefCnt Type Proto  Iface R Rmem   User   Inode\n"

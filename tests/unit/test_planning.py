@@ -399,6 +399,54 @@ def test_what_cannot_be_says_why(request_: Request, words: str) -> None:
     assert words in message
 
 
+WHOLE = Intent("net0", Policy.PRIVATE, ("enp1",), (Port.PHYSDEV,), (Backend.VFIO,))
+
+
+def test_a_whole_nic_goes_to_one_guest_with_its_iommu_group() -> None:
+    second = replace(pf(PciAddress.parse("0000:01:00.1"), "enp2", 0), iommu_group=199)
+    inventory = host(pf(PF_A, "enp1", 0), second)
+    inventory = replace(inventory, iommu_groups={199: (PF_A, second.pci)})
+    for dev in ("enp1", PF_A.text):
+        result = decide(inventory, replace(WHOLE, devs=(dev,)))
+        assert planned(result) == [("private-physdev-vfio", "pf:0000:01:00.0")]
+        assert isinstance(result, Plan)
+        assert {(item.resource.text, item.mode) for item in result.assignments[0].wanted} == {
+            ("pf:0000:01:00.0", Mode.EXCLUSIVE),
+            ("pf:0000:01:00.1", Mode.EXCLUSIVE),
+        }
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (UseKind.ADDRESS, "address 192.0.2.1 on enp1"),
+        (UseKind.UPPER, 'port of bridge "br0"'),
+        (UseKind.SOCKET, "packet socket on enp1"),
+    ],
+)
+def test_a_nic_that_the_host_uses_is_never_given_away(kind: UseKind, how: str) -> None:
+    inventory = host(pf(PF_A, "enp1", 0))
+    inventory = replace(inventory, users={Resource.pf(PF_A): (User(None, "host", how, kind),)})
+    assert how in refused(decide(inventory, WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"devs": ("enp2",)}, "enp2 has 2 VFs, which would go with it; run: vnet-lock vfs enp2 0"),
+        ({"devs": ("enp2v0",)}, "enp2v0 is a VF: use port=sriov"),
+        ({"devs": ("veth0",)}, "veth0 has no PCI function of its own"),
+        ({"vlan": 7}, "leave vlan=7 to the guest"),
+        ({"mac": "52:54:00:00:00:09"}, "keeps its own MAC"),
+        ({"devs": ("enp3",)}, "in no IOMMU group"),
+    ],
+)
+def test_a_whole_nic_that_cannot_be_given_says_why(more: dict[str, object], words: str) -> None:
+    loose = replace(pf(PciAddress.parse("0000:03:00.0"), "enp3", 0), iommu_group=None)
+    inventory = host(pf(PF_A, "enp1", 0), pf(PF_B, "enp2", 2), loose, nics=(nic("veth0"),))
+    assert words in refused(decide(inventory, replace(WHOLE, **more)), RefusalKind.IMPOSSIBLE)
+
+
 def test_a_combination_that_does_not_exist_is_bad_input() -> None:
     request = Intent("net0", Policy.NAT, ("enp1",), (Port.SRIOV,), (Backend.VFIO,))
     assert "it goes with" in refused(decide(host(pf(PF_A, "enp1", 1)), request), RefusalKind.INVALID)
