@@ -237,6 +237,13 @@ def test_a_bridge_above_is_a_use(host: FakeHost):
     assert (found.how, found.link) == ('port of bridge "br0"', "br0")
 
 
+def test_a_device_that_guests_share_is_no_claims_alone(host: FakeHost):
+    host.nic("vl7.42", uevent="DEVTYPE=vlan\n", ifalias="vnet-lock:shared:vl7.42\n")
+    host.stack("vl7.42", "eno1")
+    (found,) = users(host, "pf:0000:02:00.0", "eno1")
+    assert (found.link, found.mark) == ("vl7.42", None)
+
+
 def test_addresses_count_on_a_device_that_is_up(host: FakeHost):
     up = host.nic("br0", up=True, **{"bridge/bridge_id": "x"})
     down = host.nic("br1", **{"bridge/bridge_id": "x"})

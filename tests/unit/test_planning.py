@@ -447,6 +447,43 @@ def test_a_whole_nic_that_cannot_be_given_says_why(more: dict[str, object], word
     assert words in refused(decide(inventory, replace(WHOLE, **more)), RefusalKind.IMPOSSIBLE)
 
 
+VLAN = replace(VEPA, vlan=42, ports=(Port.MACVLAN,))
+
+
+def claims_of(result: Plan | Refusal) -> list[tuple[str, str]]:
+    assert isinstance(result, Plan), result
+    return [(item.resource.text, item.mode) for item in result.assignments[0].wanted]
+
+
+def test_a_vlan_of_a_device_is_a_device_that_guests_share() -> None:
+    inventory = host(pf(PF_A, "enp1", 0))
+    assert claims_of(decide(inventory, VLAN)) == [
+        ("nic:vl1.42", Mode.SHARED),
+        ("pf:0000:01:00.0", Mode.SHARED),
+    ]
+    other = claim(DB, Resource.nic("vl1.42"), mode=Mode.SHARED)
+    assert planned(decide(inventory, VLAN, claims=(other,))) == [("vepa-macvlan-tap+vhost", "nic:vl1.42")]
+
+
+def test_a_vlan_device_that_is_there_is_used_as_it_is() -> None:
+    there = nic("enp1.42", kind="vlan", lowers=("enp1",), vlan=42)
+    others = nic("enp1.41", kind="vlan", lowers=("enp1",), vlan=41), nic("tag", kind="vlan", lowers=("enp1",))
+    inventory = host(pf(PF_A, "enp1", 0), nics=(*others, there))
+    assert claims_of(decide(inventory, VLAN)) == [
+        ("nic:enp1.42", Mode.SHARED),
+        ("pf:0000:01:00.0", Mode.SHARED),
+    ]
+    down = host(pf(PF_A, "enp1", 0), nics=(replace(there, up=False),))
+    assert "ip link set enp1.42 up" in refused(decide(down, VLAN), RefusalKind.IMPOSSIBLE)
+    port = host(pf(PF_A, "enp1", 0), nics=(replace(there, master="br7"), nic("br7", kind="bridge")))
+    assert "enp1.42 is a port of bridge br7" in refused(decide(port, VLAN), RefusalKind.IMPOSSIBLE)
+
+
+def test_a_kernel_without_vlan_devices_is_said() -> None:
+    message = refused(decide(host(pf(PF_A, "enp1", 0)), VLAN, no_vlans="no 8021q"), RefusalKind.IMPOSSIBLE)
+    assert "no 8021q" in message
+
+
 def test_a_combination_that_does_not_exist_is_bad_input() -> None:
     request = Intent("net0", Policy.NAT, ("enp1",), (Port.SRIOV,), (Backend.VFIO,))
     assert "it goes with" in refused(decide(host(pf(PF_A, "enp1", 1)), request), RefusalKind.INVALID)
