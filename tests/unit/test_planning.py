@@ -479,6 +479,14 @@ def test_a_vlan_device_that_is_there_is_used_as_it_is() -> None:
     assert "enp1.42 is a port of bridge br7" in refused(decide(port, VLAN), RefusalKind.IMPOSSIBLE)
 
 
+def test_a_vlan_device_that_another_guest_is_making_is_waited_for_and_not_taken_for_the_hosts() -> None:
+    half = nic("vl0123456789ab", kind="vlan", lowers=("enp1",), vlan=42, up=False)
+    assert claims_of(decide(host(pf(PF_A, "enp1", 0), nics=(half,)), VLAN))[0] == (
+        "nic:vl1.42",
+        Mode.SHARED,
+    )
+
+
 def test_a_kernel_without_vlan_devices_is_said() -> None:
     message = refused(decide(host(pf(PF_A, "enp1", 0)), VLAN, no_vlans="no 8021q"), RefusalKind.IMPOSSIBLE)
     assert "no 8021q" in message

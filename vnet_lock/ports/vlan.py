@@ -10,7 +10,7 @@ from vnet_lock.kernel.marks import SHARED_PREFIX
 from vnet_lock.model import Inventory, Mode, Nic, Resource, Wanted
 from vnet_lock.planning import Situation, nic_wanted
 from vnet_lock.ports import Job
-from vnet_lock.ports.macvtap import link_name
+from vnet_lock.ports.macvtap import is_link_name, link_name
 
 
 def vlan_name(lower: Nic, vlan: int) -> str:
@@ -69,8 +69,12 @@ def open_vlan(job: Job, vlan: int) -> str:
 
 
 def _find(inventory: Inventory, lower: Nic, vlan: int) -> Nic | None:
-    """The device's VLAN device of this ID; the kernel has one at most."""
-    return next((nic for nic in inventory.nics if nic.vlan == vlan and lower.netdev in nic.lowers), None)
+    """The device's VLAN device of this ID, of which the kernel has one at most.
+
+    One that is being made by another guest isn't there yet: it gets its own name before its maker lets go.
+    """
+    found = (nic for nic in inventory.nics if nic.vlan == vlan and lower.netdev in nic.lowers)
+    return next((nic for nic in found if not is_link_name(nic.netdev)), None)
 
 
 def _is_there(job: Job, name: str) -> bool:
