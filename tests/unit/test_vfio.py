@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,14 @@ def test_a_kernel_lacks_vlans_only_where_its_modules_say_so(host: FakeHost) -> N
     teach(host, CONNECTX6_VF)
     assert "8021q" in lacks_vlans(host.settings)
     build(host.root, {"proc/net/vlan/config": ""})
+    assert lacks_vlans(host.settings) == ""
+
+
+def test_a_kernel_without_modules_tells_by_its_configuration(host: FakeHost) -> None:
+    for text, lacks in (("CONFIG_VLAN_8021Q=y\n", False), ("# CONFIG_VLAN_8021Q is not set\n", True)):
+        (host.root / "proc/config.gz").write_bytes(gzip.compress(text.encode()))
+        assert bool(lacks_vlans(host.settings)) is lacks
+    (host.root / "proc/config.gz").write_bytes(b"no gzip")
     assert lacks_vlans(host.settings) == ""
 
 
