@@ -7,7 +7,7 @@ from vnet_lock.model import Inventory, PciAddress
 from vnet_lock.planning import name_of
 from vnet_lock.ports import Job
 
-# Drivers that VFIO bears in a group beside its own (vfio_driver_allowed, drivers/vfio and iommu groups).
+# Drivers that VFIO bears in a group beside its own: they do no DMA (driver_managed_dma in the kernel).
 _HARMLESS = ("pci-stub", "pcieport")
 
 
