@@ -119,6 +119,18 @@ class ProxyNeighbour:
 
 
 @dataclass(frozen=True, slots=True)
+class EswitchMode:
+    """The mode of a PF's embedded switch (``veb`` or ``vepa``) before, and what it was set to.
+
+    ``pf`` is the PF's PCI address; the guests on its VFs share it.
+    """
+
+    pf: str
+    before: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
 class SocketFile:
     """A unix socket in the file system, where the guest's QEMU finds its network."""
 
@@ -136,6 +148,7 @@ Entry = (
     | ProxyNeighbour
     | NatTable
     | DhcpServer
+    | EswitchMode
     | SocketFile
 )
 _KINDS: dict[str, type[Entry]] = {
@@ -149,6 +162,7 @@ _KINDS: dict[str, type[Entry]] = {
     "dhcp-server": DhcpServer,
     "sysctls": Sysctls,
     "proxy-neighbour": ProxyNeighbour,
+    "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
@@ -170,6 +184,8 @@ def share_key(entry: Entry) -> str | None:
             return f"dhcp {entry.bridge} {entry.pid} {entry.start_ticks}"
         case Sysctls():
             return f"sysctls {entry.directory}"
+        case EswitchMode():
+            return f"eswitch {entry.pf}"
         case _:
             return None
 

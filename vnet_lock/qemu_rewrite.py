@@ -6,6 +6,7 @@ Never looks at the host, opens or runs anything; the words come from how each ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from vnet_lock.combination import Backend, Combination
@@ -18,6 +19,7 @@ from vnet_lock.qemu_words import NETWORKS, Option, Properties
 _PCI_KEYS = (
     *("id", "bus", "addr", "busnr", "bootindex", "multifunction", "acpi-index", "rombar", "failover_pair_id"),
 )
+_IOMMUFD = "vnet-iommufd"
 # Networks that -net doesn't know: they are -netdev always, and the NIC of -net is put on them by their id.
 _NETDEV_ONLY = (Backend.SOCKET, Backend.SOCKET_VHOST, Backend.PASST)
 # How a QEMU that has the newer word (since 9.2) comes back to a back-end that ended, and how an older one.
@@ -39,11 +41,22 @@ class Connected(Protocol):
     def pci(self) -> PciAddress | None: ...  # noqa: D102
     @property
     def path(self) -> str | None: ...  # noqa: D102
+    @property
+    def iommufd(self) -> bool: ...  # noqa: D102
 
 
-def rewrite(
-    argv: QemuArgv, connections: Mapping[str, Connected], reconnect: tuple[str, int] = RECONNECT_MS
-) -> list[str]:
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What the QEMU at hand knows: how it connects to a socket again, and whether VFIO through iommufd."""
+
+    reconnect: tuple[str, int] = RECONNECT_MS
+    iommufd: bool = False
+
+
+_USUAL = Dialect()
+
+
+def rewrite(argv: QemuArgv, connections: Mapping[str, Connected], dialect: Dialect = _USUAL) -> list[str]:
     """QEMU's arguments, without the program, with every ``host`` network as what QEMU knows.
 
     ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word; only
@@ -55,12 +68,16 @@ def rewrite(
         memory = share_memory(argv.options)
         before = memory.more
         made = {at: list(words) for at, words in memory.changed.items()}
+    modern = dialect.iommufd and any(connection.iommufd for connection in connections.values())
+    if modern:
+        # One for all of the guest's functions: each has its memory pinned once.
+        before = (*before, "-object", f"iommufd,id={_IOMMUFD}")
     for host in argv.hosts:
         connection = connections[host.intent.interface]
         made.setdefault(host.at, [])
         if connection.combination.backend is Backend.VFIO:
             at = host.nic.at if host.nic else host.at
-            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection).text])
+            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection, modern).text])
             continue
         word = argv.options[host.at].words[0]
         nic = host.nic
@@ -69,7 +86,7 @@ def rewrite(
             nic = _on_netdev(host)
         elif argv.options[host.at].name == "nic":
             word = "-netdev"
-        made[host.at].extend(_chardev(host, connection, reconnect))
+        made[host.at].extend(_chardev(host, connection, dialect.reconnect))
         made[host.at].extend([word, network(host.intent, connection).text])
         if nic:
             name = "-device" if nic.at == host.at else argv.options[nic.at].words[0]
@@ -141,9 +158,9 @@ def _device(nic: Nic, intent: Intent, connection: Connected) -> Properties:
     return device
 
 
-def _vfio_device(host: Host, connection: Connected) -> Properties:
+def _vfio_device(host: Host, connection: Connected, modern: bool) -> Properties:
     if connection.pci is None:
         raise ValueError(f"{connection.combination.text} without a PCI address")
     kept = host.nic.properties.only(_PCI_KEYS) if host.nic else Properties(())
-    items = (("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items)
-    return Properties(items, kept.is_json)
+    made = Properties((("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items), kept.is_json)
+    return made.having("iommufd", _IOMMUFD) if modern and connection.iommufd else made

@@ -10,12 +10,16 @@ import subprocess
 import pytest
 
 from tests.kernel.conftest import need
-from vnet_lock.front.qemu_features import reconnect_words
+from vnet_lock.backends import Connection
+from vnet_lock.combination import Combination
+from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.qemu_memory import share_memory
 from vnet_lock.qemu_words import split_options
 
 QEMU = "qemu-system-x86_64"
 RAM = "-object memory-backend-ram,size=32M,id="
+
+AT_A_SOCKET = Connection(Combination.parse("vepa-macvlan-socket+vhost"), path="/nonexistent")
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,7 @@ def test_qemu_takes_the_words_and_shares_the_memory(line: str) -> None:
 
 def test_how_to_connect_again_is_asked_of_the_qemu_itself() -> None:
     need(shutil.which(QEMU), QEMU)
-    key, value = reconnect_words(QEMU)
+    key, value = read_dialect(QEMU, [AT_A_SOCKET]).reconnect
     argv = [QEMU, "-M", "none", "-nodefaults", "-display", "none", "-S", "-monitor", "stdio"]
     chardev = f"socket,id=c,path=/nonexistent,{key}={value}"
     done = subprocess.run(
@@ -68,4 +72,4 @@ def test_an_older_qemu_gets_the_older_word(tmp_path) -> None:
     old = tmp_path / "qemu"
     old.write_text('#!/bin/sh\ncase "$*" in *reconnect-ms*) exit 1 ;; esac\n')
     old.chmod(0o755)
-    assert reconnect_words(str(old)) == ("reconnect", 1)
+    assert read_dialect(str(old), [AT_A_SOCKET]).reconnect == ("reconnect", 1)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -9,7 +9,7 @@ from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import BadInput
 from vnet_lock.model import Intent, PciAddress
 from vnet_lock.qemu_argv import read_argv, read_protocols
-from vnet_lock.qemu_rewrite import rewrite
+from vnet_lock.qemu_rewrite import Dialect, rewrite
 from vnet_lock.qemu_words import Properties, split_options
 
 FDS = "-netdev tap,id=net0,fds=3:4,vhost=on,vhostfds=5:6"
@@ -24,6 +24,7 @@ class Connection:
     vhost_fds: tuple[int | str, ...] = ()
     pci: PciAddress | None = None
     path: str | None = None
+    iommufd: bool = False
 
 
 TAP = Connection(Combination.parse("vepa-macvlan-tap"), MAC, (3,))
@@ -202,6 +203,19 @@ def test_several_networks_each_get_their_own():
     )
 
 
+def test_functions_share_one_iommufd_where_kernel_and_qemu_have_it():
+    line = "-nic host,mode=veb,dev=eth1 -nic host,mode=veb,dev=eth2,addr=5 -nic host,mode=veb,dev=eth3"
+    modern, old = replace(VFIO, iommufd=True), replace(VFIO, pci=PciAddress.parse("0000:01:10.2"))
+    argv = read_argv(line.split())
+    connections = {"host0": modern, "host1": modern, "host2": old}
+    assert rewrite(argv, connections, Dialect(iommufd=True)) == shlex.split(
+        "-object iommufd,id=vnet-iommufd -nic none -device vfio-pci,host=0000:01:10.0,iommufd=vnet-iommufd "
+        "-device vfio-pci,host=0000:01:10.0,addr=5,iommufd=vnet-iommufd -device vfio-pci,host=0000:01:10.2"
+    )
+    assert "iommufd" not in " ".join(rewrite(argv, connections))
+    assert "iommufd" not in " ".join(rewrite(argv, dict.fromkeys(connections, old), Dialect(iommufd=True)))
+
+
 def test_every_key_reaches_the_intent():
     line = (
         "-netdev host,id=net0,mode=bridge,dev=eth0,dev=af:06.2,port=sriov,protocols=vfio:tap:vhost,"
@@ -373,7 +387,7 @@ def test_properties_are_written_as_they_were_read(text):
 
 def test_an_older_qemu_is_told_to_connect_again_in_its_own_words():
     argv = read_argv(shlex.split(f"-m 64 {HOST}"))
-    made = rewrite(argv, {"net0": VHOST_USER}, ("reconnect", 1))
+    made = rewrite(argv, {"net0": VHOST_USER}, Dialect(("reconnect", 1)))
     assert "socket,id=net0-vhost,path=/run/a,,b,reconnect=1" in made
 
 

@@ -23,8 +23,8 @@ class Connection:
     """What one interface's words on QEMU's command line are made of.
 
     ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone, ``path``, a
-    unix socket, for socket+vhost. QEMU inherits ``kept`` without knowing of it: what serves the guest ends
-    with its last holder.
+    unix socket, for socket+vhost; ``iommufd`` says that the kernel offers the function through it, too. QEMU
+    inherits ``kept`` without knowing of it: what serves the guest ends with its last holder.
     """
 
     combination: Combination
@@ -35,6 +35,7 @@ class Connection:
     netdev: str | None = None
     path: str | None = None
     kept: tuple[int, ...] = ()
+    iommufd: bool = False
 
     @property
     def descriptors(self) -> tuple[int, ...]:

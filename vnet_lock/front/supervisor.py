@@ -11,16 +11,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.command import print_error
+from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
 from vnet_lock.model import Owner, OwnerKind, Process, Request
 from vnet_lock.qemu_argv import QemuArgv
-from vnet_lock.qemu_rewrite import rewrite
+from vnet_lock.qemu_rewrite import Dialect, rewrite
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
             connection = session.connect(grant)
             opened += connection.descriptors
             connections[grant.assignment.request.interface] = connection
-        args = rewrite(guest.argv, connections, *_at_sockets(guest, connections.values()))
+        args = rewrite(guest.argv, connections, _dialect(guest, connections.values()))
         if guest.argv.daemonize and not guest.argv.pidfile:
             args = [*args, "-pidfile", guest.pidfile(settings, os.getpid())]
         for descriptor in opened:
@@ -244,20 +245,15 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
         raise
 
 
-def _at_sockets(guest: Guest, connections: Iterable[Connection]) -> list[tuple[str, int]]:
-    """What a QEMU with unix sockets to connect to needs: its user may do so, again and again.
+def _dialect(guest: Guest, connections: Collection[Connection]) -> Dialect:
+    """The words of this QEMU, whose user may connect to our unix sockets again and again.
 
     The first time it does as the user that it is started by, later as the one that it became.
     """
-    paths = [connection.path for connection in connections if connection.path is not None]
-    if not paths:
-        return []
-    from vnet_lock.front.qemu_features import reconnect_words
-
-    if guest.argv.run_as is not None:
-        for path in paths:
-            os.chown(path, uid_of(guest.argv.run_as), -1, follow_symlinks=False)
-    return [reconnect_words(guest.path)]
+    for connection in connections:
+        if connection.path is not None and guest.argv.run_as is not None:
+            os.chown(connection.path, uid_of(guest.argv.run_as), -1, follow_symlinks=False)
+    return read_dialect(guest.path, connections)
 
 
 def uid_of(user: str) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.front.command import serve
+from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.front.supervisor import PROGRAM, Guest, Lifecycle, become, run_guest
 from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, Request
 from vnet_lock.planning import error_of
@@ -84,6 +85,7 @@ class Shown:
     vhost_fds: tuple[str, ...]
     pci: PciAddress | None
     path: str | None
+    iommufd: bool = False
 
     @classmethod
     def of(cls, assignment: Assignment) -> Shown:
@@ -102,6 +104,7 @@ class Shown:
             tuple(f"<vhost:{mark}>" for mark in marks) if backend is Backend.TAP_VHOST else (),
             assignment.device.pci if backend is Backend.VFIO else None,
             f"<vhost-user:{name}>" if backend is Backend.SOCKET_VHOST else None,
+            backend is Backend.VFIO,
         )
 
 
@@ -204,9 +207,5 @@ def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) 
         if isinstance(result, Refusal):
             raise error_of(result)
         connections = {one.request.interface: Shown.of(one) for one in result.assignments}
-    reconnect = []
-    if any(one.path for one in connections.values()):
-        from vnet_lock.front.qemu_features import reconnect_words
-
-        reconnect = [reconnect_words(command.program)]
-    print(shlex.join([command.program, *rewrite(argv, connections, *reconnect)]))
+    dialect = read_dialect(command.program, connections.values())
+    print(shlex.join([command.program, *rewrite(argv, connections, dialect)]))

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
+from vnet_lock.kernel import rtnetlink
 from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.rtnetlink import read_links
 from vnet_lock.settings import DEFAULT, Settings
@@ -29,6 +30,10 @@ _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x4000, 0x8000
 _IFREQ = struct.Struct("=16sH22x")  # struct ifreq
 # enum in6_addr_gen_mode, include/uapi/linux/if_link.h
 _ADDRGENMODES = {"eui64": 0, "none": 1, "stable_secret": 2, "random": 3}
+# include/uapi/linux/{netlink,rtnetlink,if_link,if_bridge}.h
+_RTM_SETLINK, _NLM_F_ACK, _NLA_F_NESTED = 19, 0x4, 0x8000
+_IFLA_PROTINFO, _IFLA_BRIDGE_FLAGS, _BRIDGE_FLAGS_SELF = 12, 0, 2
+_ESWITCH_MODES = {"veb": 0, "vepa": 1}
 # IFLA_VF_LINK_STATE_*, include/uapi/linux/if_link.h
 LINK_STATES = {"auto": 0, "enable": 1, "disable": 2}
 
@@ -129,6 +134,17 @@ def add_veth(name: str, peer: str, alias: str) -> None:
 def move_link(ifname: str, namespace: int) -> None:
     """Move a device into the namespace that a descriptor is of; it is down there, without its addresses."""
     _set(ifname, f"moving {ifname} into a namespace of its own", {}, net_ns_fd=namespace)
+
+
+def add_vlan(name: str, lower: str, vlan: int, alias: str) -> None:
+    """Make an 802.1Q VLAN device with an ifalias: down, without IPv6 addresses of its own."""
+    index = _index(lower)
+    with (
+        _route() as route,
+        _explained(f"making VLAN device {name} (VLAN {vlan}) on {lower}", lower, _NEW_VLAN),
+    ):
+        route.link("add", ifname=name, kind="vlan", link=index, vlan_id=vlan)
+    _finish(name, alias, addrgenmode="none")
 
 
 def rename_link(old: str, new: str) -> None:
@@ -238,6 +254,25 @@ def change(
         request(route, index)
 
 
+def set_eswitch_mode(pf_netdev: str, mode: str) -> None:
+    """Set a PF's embedded switch, for all of its VFs, to ``veb`` or ``vepa``.
+
+    Unsupported where the driver has no such modes. The request is the one that iproute2 sends for
+    ``bridge link set dev PF hwmode MODE``; pyroute2 has no call for it that all its versions know.
+    """
+    if mode not in _ESWITCH_MODES:
+        raise BadInput(f"embedded switch mode {mode!r} is none of: {', '.join(_ESWITCH_MODES)}")
+    attributes = struct.pack("=H", _BRIDGE_FLAGS_SELF), struct.pack("=H", _ESWITCH_MODES[mode])
+    spec = rtnetlink.pack(_IFLA_BRIDGE_FLAGS, attributes[0])
+    spec += rtnetlink.pack(rtnetlink.IFLA_BRIDGE_MODE, attributes[1])
+    body = rtnetlink.IFINFO.pack(rtnetlink.AF_BRIDGE, 0, _index(pf_netdev), 0, 0)
+    body += rtnetlink.pack(_IFLA_PROTINFO | _NLA_F_NESTED, b"")
+    body += rtnetlink.pack(rtnetlink.IFLA_AF_SPEC, spec)
+    what = f"setting the embedded switch of {pf_netdev} to {mode}"
+    with _explained(what, pf_netdev, _ESWITCH), rtnetlink.open_route_socket() as route:
+        list(rtnetlink.ask(route, _RTM_SETLINK, _NLM_F_ACK, body))
+
+
 def remove_link(name: str, alias: str) -> bool:
     """Remove the device that has this name or, renamed since, this ifalias; False where there is none."""
     removed = False
@@ -272,6 +307,14 @@ _NEW_BRIDGE = {
 _NEW_VETH = {
     errno.EEXIST: "there is a device of that name; see: ip link",
     errno.EOPNOTSUPP: "this kernel has no veth; run: modprobe veth",
+}
+_NEW_VLAN = {
+    errno.EEXIST: "another VLAN device on it has that VLAN, or that name; see: ip -d link show type vlan",
+    errno.EOPNOTSUPP: "this kernel has no VLAN devices; run: modprobe 8021q",
+}
+_ESWITCH = {
+    errno.EOPNOTSUPP: "its driver has no such mode; see: bridge link set dev … hwmode",
+    errno.EINVAL: "its driver takes no such mode now; see: dmesg",
 }
 _RENAME = {
     errno.EEXIST: "another device has that name; see: ip link",
