@@ -47,7 +47,8 @@ class Way:
     def __init__(self, source: socket.socket, sink: socket.socket, batch: Batch) -> None:
         self._source, self._sink, self._batch = source, sink, batch
         # Frames of our own making, and runs of slots, first and end, to be sent as they are.
-        self.waiting: deque[Buffer | tuple[int, int]] = deque()
+        self.waiting: deque[list[Buffer] | tuple[int, int]] = deque()
+        self._outbox = Batch(_SLOTS)
 
     def carry(self) -> None:
         """Receive a batch and send it. GuestGone where it shows."""
@@ -69,7 +70,7 @@ class Way:
                 if isinstance(item, tuple):
                     sent = self._batch.send(self._sink.fileno(), *item)
                 else:
-                    sent = min(1, self._sink.send(item, socket.MSG_DONTWAIT))
+                    sent = self._outbox.send(self._sink.fileno(), 0, self._outbox.fill(item))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -77,21 +78,33 @@ class Way:
                     raise GuestGone from error
                 # Longer than the device's MTU, no room in its queue, device down: as on a wire.
                 sent = 1
-            if isinstance(item, tuple) and item[0] + sent < item[1]:
-                self.waiting[0] = (item[0] + sent, item[1])
+            if isinstance(item, tuple):
+                first, end = item[0] + sent, item[1]
+                left: list[Buffer] | tuple[int, int] | None = (first, end) if first < end else None
+            else:
+                left = item[sent:]
+            if left:
+                self.waiting[0] = left
             else:
                 self.waiting.popleft()
 
-    def _prepared(self, count: int) -> Iterator[Buffer | tuple[int, int]]:
+    def _prepared(self, count: int) -> Iterator[list[Buffer] | tuple[int, int]]:
         """What is to be sent of a batch that was received, in order."""
         first = 0
+        frames: list[Buffer] = []
         for at in range(count):
             made = self._made(at)
-            if made is not None:
-                if first < at:
-                    yield first, at
-                yield from made
-                first = at + 1
+            if made is None:
+                if frames:
+                    yield frames
+                    frames = []
+                continue
+            if first < at:
+                yield first, at
+            frames += made
+            first = at + 1
+        if frames:
+            yield frames
         if first < count:
             yield first, count
 
