@@ -135,7 +135,5 @@ def run(line: str) -> None:
 
 if __name__ == "__main__":
     for row in rows():
-        print(
-            f"{row.what:50} {row.measured:6.2f} s {row.floor:6.2f} s  ratio {row.ratio:.2f}  met: {row.is_met}"
-        )
+        print(f"{row.what:50} {row.measured:6.2f} s {row.floor:6.2f} s {row.ratio:6.2f} {row.is_met}")
     sys.exit(os.EX_OK)
