@@ -51,13 +51,14 @@ class VnetHeader(NamedTuple):
 _VNET = struct.Struct("=BBHHHH")
 
 
-def finish(header: VnetHeader, frame: Buffer) -> list[Buffer]:
+def finish(header: VnetHeader, frame: Buffer) -> Iterator[Buffer]:
     """The frame as a NIC without offloads would have sent it: one frame, or one for each segment."""
     if header.gso_type & ~GSO_ECN != GSO_NONE:
-        return list(_segments(header, frame))
-    if header.flags & NEEDS_CSUM:
-        return [_with_checksum(header, frame)]
-    return [frame]
+        yield from _segments(header, frame)
+    elif header.flags & NEEDS_CSUM:
+        yield _with_checksum(header, frame)
+    else:
+        yield frame
 
 
 def tagged(frame: Buffer, tpid: int, tci: int) -> bytes:

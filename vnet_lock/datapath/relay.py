@@ -17,7 +17,7 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 from vnet_lock.datapath.batch import Batch
@@ -26,6 +26,7 @@ from vnet_lock.datapath.launch import report_ready
 from vnet_lock.kernel.netns import enter
 
 _SLOTS = 64
+_CHUNK = 16
 _HEADER = 10  # struct virtio_net_hdr
 # struct cmsghdr and struct tpacket_auxdata, include/uapi/linux/if_packet.h: of the first its type, of the
 # second status, vlan_tci and vlan_tpid.
@@ -47,7 +48,8 @@ class Way:
     def __init__(self, source: socket.socket, sink: socket.socket, batch: Batch) -> None:
         self._source, self._sink, self._batch = source, sink, batch
         # Frames of our own making, and runs of slots, first and end, to be sent as they are.
-        self.waiting: deque[Buffer | tuple[int, int]] = deque()
+        self.waiting: deque[list[Buffer] | tuple[int, int]] = deque()
+        self._outbox = Batch(_CHUNK)
 
     def carry(self) -> None:
         """Receive a batch and send it. GuestGone where it shows."""
@@ -58,8 +60,11 @@ class Way:
                 raise GuestGone from error
             # Nothing there after all, the device went down, or a packet that virtio has no word for.
             return
-        self.waiting.extend(self._prepared(count))
-        self.send()
+        for item in self._prepared(count):
+            is_blocked = bool(self.waiting)
+            self.waiting.append(item)
+            if not is_blocked:
+                self.send()
 
     def send(self) -> None:
         """Send what waits, as far as the sink takes it; what it can't take at all is dropped."""
@@ -69,7 +74,7 @@ class Way:
                 if isinstance(item, tuple):
                     sent = self._batch.send(self._sink.fileno(), *item)
                 else:
-                    sent = min(1, self._sink.send(item, socket.MSG_DONTWAIT))
+                    sent = self._outbox.send(self._sink.fileno(), 0, self._outbox.fill(item))
             except BlockingIOError:
                 return
             except OSError as error:
@@ -77,33 +82,53 @@ class Way:
                     raise GuestGone from error
                 # Longer than the device's MTU, no room in its queue, device down: as on a wire.
                 sent = 1
-            if isinstance(item, tuple) and item[0] + sent < item[1]:
-                self.waiting[0] = (item[0] + sent, item[1])
+            if isinstance(item, tuple):
+                first, end = item[0] + sent, item[1]
+                left: list[Buffer] | tuple[int, int] | None = (first, end) if first < end else None
+            else:
+                left = item[sent:]
+            if left:
+                self.waiting[0] = left
             else:
                 self.waiting.popleft()
 
-    def _prepared(self, count: int) -> Iterator[Buffer | tuple[int, int]]:
+    def _prepared(self, count: int) -> Iterator[list[Buffer] | tuple[int, int]]:
         """What is to be sent of a batch that was received, in order."""
         first = 0
+        frames: list[Buffer] = []
         for at in range(count):
             made = self._made(at)
-            if made is not None:
-                if first < at:
-                    yield first, at
-                yield from made
-                first = at + 1
+            if made is None:
+                if frames:
+                    yield frames
+                    frames = []
+                continue
+            if first < at:
+                yield first, at
+            first = at + 1
+            try:
+                for frame in made:
+                    frames.append(frame)
+                    # The guest has the first segments while the next are made.
+                    if len(frames) == _CHUNK:
+                        yield frames
+                        frames = []
+            except BadFrame:
+                continue
+        if frames:
+            yield frames
         if first < count:
             yield first, count
 
-    def _made(self, at: int) -> list[Buffer] | None:
-        """What is sent in the place of a slot's packet; None where that is sent as it is."""
+    def _made(self, at: int) -> Iterable[Buffer] | None:
+        """What is sent in the place of a slot's packet; None: that itself. Reading it may raise BadFrame."""
         return None if self._batch.is_whole(at) else []
 
 
 class ToGuest(Way):
     """From the packet socket: what the kernel left to its device is done here."""
 
-    def _made(self, at: int) -> list[Buffer] | None:
+    def _made(self, at: int) -> Iterable[Buffer] | None:
         batch = self._batch
         packet = batch.packet(at)
         if not batch.is_whole(at) or len(packet) <= _HEADER:
@@ -111,11 +136,8 @@ class ToGuest(Way):
         tag = _read_tag(batch.control(at))
         if tag is None and not packet[0] & NEEDS_CSUM and not packet[1]:
             return None
-        try:
-            made = finish(VnetHeader.parse(packet), packet[_HEADER:])
-            return made if tag is None else [tagged(frame, *tag) for frame in made]
-        except BadFrame:
-            return []
+        made = finish(VnetHeader.parse(packet), packet[_HEADER:])
+        return made if tag is None else (tagged(frame, *tag) for frame in made)
 
 
 def _read_tag(control: Buffer) -> tuple[int, int] | None:
