@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,27 +82,27 @@ class Side:
         return int(found[1]) * 1e-6 / (self._count_at_peer() - before)
 
     def receive_packets(self) -> float:
-        """Seconds that a packet takes to the guest, of those that its driver counts."""
-        before = self._count_in_guest()
+        """Seconds that a packet takes to the guest, of those that its driver counts while more come."""
+        folder = Path("/proc/thread-self/net/pktgen")
 
-        def generate() -> float:
-            folder = Path("/proc/thread-self/net/pktgen")
-            folder.joinpath(PEER).write_text(f"dst_mac {self.mac}\n")
-            folder.joinpath(PEER).write_text(f"count {PACKETS * 3}\n")
-            began = time.monotonic()
+        def generate() -> None:
+            for word in (f"dst_mac {self.mac}", "count 0"):
+                folder.joinpath(PEER).write_text(f"{word}\n")
             folder.joinpath("pgctrl").write_text("start\n")
-            return time.monotonic() - began
 
-        took = self.wire.inside(generate)
-        time.sleep(1)
-        return took / (self._count_in_guest() - before)
+        generator = threading.Thread(target=lambda: self.wire.inside(generate))
+        generator.start()
+        try:
+            counter = "/sys/class/net/eth0/statistics/rx_packets"
+            told = self.tell(f"sleep 1; read -r a <{counter}; sleep 3; read -r b <{counter}; echo $((b - a))")
+        finally:
+            self.wire.inside(lambda: folder.joinpath("pgctrl").write_text("stop\n"))
+            generator.join()
+        return 3 / int(told.split()[2])
 
     def _count_at_peer(self) -> int:
         text = self.wire.inside(lambda: Path("/proc/thread-self/net/dev").read_text())
         return int(next(line.split()[2] for line in text.splitlines() if PEER in line))
-
-    def _count_in_guest(self) -> int:
-        return int(self.tell("cat /sys/class/net/eth0/statistics/rx_packets").split()[2])
 
 
 def start(guests: Guests, wire: Wire, backend: str) -> Side:
