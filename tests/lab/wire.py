@@ -23,7 +23,7 @@ NETDEV, PEER, ADDRESS = "up0", "peer0", "10.9.0.1"
 _NAMESPACE = "peer"
 _CLONE_NEWNET = 0x40000000
 # A transfer at the pace of an emulated CPU.
-_WAIT_S = 240
+_WAIT_S = 400
 
 
 class Wire:
