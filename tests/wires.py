@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from tests.lab.nic import wait_until
+
 T = TypeVar("T")
 
 OUTSIDE = "outside"
@@ -123,12 +125,19 @@ class Wire:
         ip(f"link add {switch} type bridge forward_delay 0", OUTSIDE)
         ip(f"link set {far} master {switch}", OUTSIDE)
         for name in (far, switch):
-            ip(f"link set {name} addrgenmode none up", OUTSIDE)
+            ip(f"link set {name} addrgenmode none", OUTSIDE)
+            ip(f"link set {name} up", OUTSIDE)
         ip(f"address add {self.peer}/24 dev {switch}", OUTSIDE)
-        ip(f"link set {self.dev} addrgenmode none up")
+        ip(f"link set {self.dev} addrgenmode none")
+        ip(f"link set {self.dev} up")
+        # The kernel takes its time to see the carrier (linkwatch), and nothing is to change by itself later.
+        wait_until(
+            lambda: "NO-CARRIER" not in ip(f"link show dev {self.dev} up"), f"{self.dev} has a carrier"
+        )
 
     def close(self) -> None:
         ip(f"link delete {self.dev}")
+        ip(f"link delete sw{self.number}", OUTSIDE)
 
     def reflect(self, on: bool) -> None:
         """Have the switch send frames back out of the port that they came in by, or not."""

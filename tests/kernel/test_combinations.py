@@ -14,7 +14,7 @@ import pytest
 
 from tests.kernel.conftest import need, own_namespaces
 from tests.kernel.test_crash import kill_all, start
-from tests.kernel.test_wrapper import QEMU, eventually
+from tests.kernel.test_wrapper import QEMU, children_of, eventually, handles_signals
 from tests.lab.machines import Guests
 from tests.policies import IN_NAMESPACES, Case, Footprint, Pair, lay_wires, start_pair
 from tests.wires import Outside, Wire
@@ -55,12 +55,12 @@ def pair(
         for neighbour in made.both():
             neighbour.guest.kill(signal.SIGTERM)
             assert neighbour.guest.wait() == 0
-        assert laid.difference(Footprint.read()) == {}
+        laid.wait_until_again()
     finally:
         guests.end()
         for case in cases.values():
             case.close()
-    assert before.difference(Footprint.read()) == {}
+    before.wait_until_again()
 
 
 def _params(item: pytest.Item) -> dict[str, object]:
@@ -78,21 +78,22 @@ def case(outside: Outside, combination: Combination) -> Iterator[Case]:
     del outside
     made = Case(combination, Wire(77))
     made.open()
-    before = Footprint.read()
-    yield made
-    subprocess.run([VNET_LOCK, "gc"], check=True, capture_output=True)
-    eventually(lambda: before.difference(Footprint.read()) == {})
-    made.close()
+    try:
+        before = Footprint.read()
+        yield made
+        subprocess.run([VNET_LOCK, "gc"], check=True, capture_output=True)
+        before.wait_until_again()
+    finally:
+        made.close()
 
 
 def words(case: Case) -> str:
     return " ".join([QEMU, *case.devices(2)])
 
 
-def is_up(case: Case, process: subprocess.Popen[bytes]) -> bool:
-    """Whether QEMU is there: it has the network's name on its command line."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return any(b"qemu-system" in Path(f"/proc/{pid}/comm").read_bytes() for pid in children)
+def is_up(process: subprocess.Popen[bytes]) -> bool:
+    """Whether QEMU is there, and so far that it handles signals itself."""
+    return any(handles_signals(pid) for pid in children_of(process.pid))
 
 
 @pytest.mark.parametrize("combination", IN_NAMESPACES, ids=lambda one: one.text)
@@ -102,12 +103,13 @@ def test_twice_in_a_row_leaves_nothing_behind(case: Case, combination: Combinati
     for _ in range(2):
         process = start(words(case))
         try:
-            eventually(lambda process=process: is_up(case, process))
+            eventually(lambda process=process: is_up(process), 60)
             process.terminate()
             assert process.wait(60) == 0
         finally:
-            kill_all(process)
-        eventually(lambda: before.difference(Footprint.read()) == {})
+            if process.poll() is None:
+                kill_all(process)
+        before.wait_until_again()
 
 
 @pytest.mark.parametrize("delay_s", [0.35, 0.6, None], ids=["early", "later", "running"])
@@ -119,7 +121,7 @@ def test_killed_half_way_and_healed_nothing_is_left(
     del combination
     process = start(words(case))
     if delay_s is None:
-        eventually(lambda: is_up(case, process))
+        eventually(lambda: is_up(process), 60)
     else:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(delay_s)
