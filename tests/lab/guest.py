@@ -23,7 +23,9 @@ KERNEL_WORDS = (
 
 @functools.cache
 def image() -> Image:
-    """The image as the lab VM finds it: built before it was booted."""
+    """The image: built before the lab VM was booted, or now, outside of it."""
+    if "VNET_LAB_KERNEL" not in os.environ:
+        return build()
     return Image(Path(os.environ["VNET_LAB_KERNEL"]), Path(os.environ["VNET_LAB_INITRD"]))
 
 
@@ -84,7 +86,13 @@ def domain_xml(
 
 
 def qemu_argv(
-    name: str, devices: list[str], *, words: str, console: Path, memory_mb: int = MEMORY_MB
+    name: str,
+    devices: list[str],
+    *,
+    words: str,
+    console: Path,
+    memory_mb: int = MEMORY_MB,
+    accel: str = "kvm",
 ) -> list[str]:
     """A plain QEMU guest: ``devices`` are the arguments that give it its NICs."""
     found, socket = image(), console.with_suffix(".sock")
@@ -95,8 +103,8 @@ def qemu_argv(
         "-no-user-config",
         "-display", "none",
         "-machine", "q35",
-        "-accel", "kvm",
-        "-cpu", "host",
+        "-accel", accel,
+        "-cpu", "host" if accel == "kvm" else "max",
         "-m", str(memory_mb),
         "-no-reboot",
         "-kernel", str(found.kernel),

@@ -147,6 +147,7 @@ class Guests:
     """Makes a test's guests and, at its end, sees that none of them is left."""
 
     directory: Path
+    accel: str = "kvm"
     _libvirt: list[LibvirtGuest] = field(default_factory=list)
     _plain: list[PlainGuest] = field(default_factory=list)
     _daemons: list[int] = field(default_factory=list)
@@ -185,7 +186,9 @@ class Guests:
         ``program`` stands in for QEMU's name (``vnet-qemu`` and options); ``words`` go to kernel_words.
         """
         console = Console(self.directory / f"{name}.log")
-        argv = guest.qemu_argv(name, devices, words=guest.kernel_words(**words), console=console.log)
+        argv = guest.qemu_argv(
+            name, devices, words=guest.kernel_words(**words), console=console.log, accel=self.accel
+        )
         output = self.directory / f"{name}.out"
         with output.open("wb") as sink:
             process = subprocess.Popen(
