@@ -154,7 +154,8 @@ def _read_fixed(root: Element, keys: _Keys) -> list[Fixed]:
         if kind == "hostdev":
             key = keys.name(element)
             mac = _read_mac(element, f"interface {key}")
-            fixed.append(Fixed(key, _read_host_address(element, key), Form.HOSTDEV, mac))
+            vlan = _read_vlan(element)
+            fixed.append(Fixed(key, _read_host_address(element, key), Form.HOSTDEV, mac, vlan=vlan))
         elif kind == "direct":
             fixed.append(_read_direct(element, keys.name(element)))
     for element in root.iterfind("devices/hostdev"):
@@ -171,7 +172,15 @@ def _read_direct(element: Element, key: str) -> Fixed:
     mode = _attribute(element, "source", "mode") or "vepa"
     if mode not in _DIRECT_FORMS:
         raise BadInput(f"interface {key}: mode {mode!r} is none of {', '.join(_DIRECT_FORMS)}")
-    return Fixed(key, dev, _DIRECT_FORMS[mode], _read_mac(element, f"interface {key}"))
+    form, mac = _DIRECT_FORMS[mode], _read_mac(element, f"interface {key}")
+    # Only a VF of its own gets a VLAN from libvirt.
+    return Fixed(key, dev, form, mac, vlan=_read_vlan(element) if form is Form.PASSTHRU else None)
+
+
+def _read_vlan(element: Element) -> int | None:
+    """The VLAN that libvirt will set; what it doesn't take is its own to refuse."""
+    text = _attribute(element, "vlan/tag", "id")
+    return int(text) if text.isdecimal() and 0 < int(text) < 4095 else None
 
 
 def _read_host_address(element: Element, key: str) -> PciAddress:

@@ -83,13 +83,25 @@ class Sysctl:
 
 
 @dataclass(frozen=True, slots=True)
+class EswitchMode:
+    """The mode of a PF's embedded switch (``veb`` or ``vepa``) before, and what it was set to.
+
+    ``pf`` is the PF's PCI address; the guests on its VFs share it.
+    """
+
+    pf: str
+    before: str
+    mode: str
+
+
+@dataclass(frozen=True, slots=True)
 class SocketFile:
     """A unix socket in the file system, where the guest's QEMU finds its network."""
 
     path: str
 
 
-Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | SocketFile
+Entry = VfAdmin | Link | Driver | MadeLink | SharedLink | Sysctl | EswitchMode | SocketFile
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
     "link": Link,
@@ -97,6 +109,7 @@ _KINDS: dict[str, type[Entry]] = {
     "made-link": MadeLink,
     "shared-link": SharedLink,
     "sysctl": Sysctl,
+    "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
@@ -112,6 +125,8 @@ def share_key(entry: Entry) -> str | None:
             return f"link {entry.final}"
         case Sysctl():
             return f"sysctl {entry.name}"
+        case EswitchMode():
+            return f"eswitch {entry.pf}"
         case _:
             return None
 

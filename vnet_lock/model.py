@@ -185,6 +185,7 @@ class Claim:
     All claims that one interface needed share ``token``; the journal stands in the one whose resource
     sorts first.
     ``interface`` is the alias or netdev id for which it was made, ``since`` is seconds of the epoch.
+    ``vlan`` is what the guest asked for, None where it didn't, or the record is of an older version.
     ``worker`` is the process that is changing things while the state is reserved or releasing.
     """
 
@@ -200,6 +201,7 @@ class Claim:
     pf: PciAddress | None = None
     worker: Process | None = None
     journal: tuple[Entry, ...] = ()
+    vlan: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +277,10 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Vf:
-    """A virtual function; ``netdev`` is None while it has none in this network namespace."""
+    """A virtual function; ``netdev`` is None while it has none in this network namespace.
+
+    ``vlan`` is its administrative VLAN, 0 for none; None where that wasn't asked or isn't told.
+    """
 
     pci: PciAddress
     pf: PciAddress
@@ -283,6 +288,7 @@ class Vf:
     netdev: str | None
     driver: str | None
     iommu_group: int | None
+    vlan: int | None = None
 
     @property
     def resource(self) -> Resource:
@@ -318,6 +324,7 @@ class Nic:
 
     ``kind`` is what sysfs tells: ``physical``, ``bridge``, ``bond``, ``vlan``, ``macvtap``, ``macvlan``,
     ``tun`` or ``other``. ``lowers`` and ``uppers`` are names of devices directly below and above.
+    ``vlan`` is the ID of an 802.1Q VLAN device, None for all others.
     """
 
     netdev: str
@@ -330,6 +337,7 @@ class Nic:
     master: str | None = None
     lowers: tuple[str, ...] = ()
     uppers: tuple[str, ...] = ()
+    vlan: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,6 +399,7 @@ class Fixed:
     """A device that the guest names and somebody else (libvirt) opens: to be claimed, not touched.
 
     ``is_interface`` tells whether it is known to be a network device: a plain hostdev may be a disk.
+    ``vlan`` is the one that libvirt will set, None where its XML names none.
     """
 
     interface: str
@@ -398,6 +407,7 @@ class Fixed:
     form: Form
     mac: str | None = None
     is_interface: bool = True
+    vlan: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

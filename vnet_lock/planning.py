@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
@@ -31,7 +31,8 @@ from vnet_lock.model import (
     Vf,
     Wanted,
 )
-from vnet_lock.rules import PidOf, breaks_privacy, conflict, holder_text, same_mac
+from vnet_lock.neighbours import find_discord, sibling_in_the_way
+from vnet_lock.rules import PidOf, Tenancy, conflict, holder_text, same_mac
 from vnet_lock.use import IsOwn, foreign_users
 
 
@@ -74,6 +75,10 @@ class Situation:
     beside: bool = False
     # Evidence of use that doesn't count: what libvirt did for a guest that it is starting.
     ignored: frozenset[UseKind] = frozenset()
+    # Why this host makes no VLAN devices, empty where it can.
+    no_vlans: str = ""
+    # What the guest's other interfaces get.
+    planned: tuple[Assignment, ...] = ()
 
     def others(self) -> Iterator[Claim]:
         """Living claims that are not to be replaced by what is being planned: those of other guests."""
@@ -83,12 +88,16 @@ class Situation:
                 yield claim
 
     def obstacle(
-        self, wanted: Iterable[Wanted], mac: str | None = None, is_private: bool = False
+        self, wanted: Iterable[Wanted], mac: str | None = None, tenancy: Tenancy | None = None
     ) -> Obstacle | None:
-        """The first thing in the way of claiming all of these, None where they are free."""
+        """The first thing in the way of claiming all of these, None where they are free.
+
+        ``tenancy`` is what the guest would be to the users of the PF's other VFs.
+        """
         wanted = tuple(wanted)
         for item in wanted:
-            found = self._damaged(item) or self._claimed(item, is_private) or self._in_use(item)
+            found = self._damaged(item) or self._claimed(item) or self._in_use(item)
+            found = found or self._beside(item, tenancy)
             if found:
                 return found
         for claim in self.others():
@@ -118,22 +127,33 @@ class Situation:
                 return Obstacle(item.resource, f"damaged record {record.path}", message)
         return None
 
-    def _claimed(self, item: Wanted, is_private: bool) -> Obstacle | None:
+    def _claimed(self, item: Wanted) -> Obstacle | None:
         for claim in self.others():
-            lonely = breaks_privacy(item, is_private, claim)
-            if not lonely and not conflict(item, claim):
+            if not conflict(item, claim):
                 continue
             holder = holder_text(claim, self.pid_of)
             what = name_of(item.resource)
-            if lonely:
-                neighbour = name_of(claim.resource)
-                message = f"{what} would not be alone on PF {item.pf}: {neighbour} is held by {holder}"
-            elif claim.resource == item.resource:
+            if claim.resource == item.resource:
                 message = f"{what} is held by {holder}"
             else:
                 message = f"{what} is not free: {name_of(claim.resource)} is held by {holder}"
             return Obstacle(claim.resource, holder, f"{message}; see: vnet-lock show {claim.resource}", claim)
         return None
+
+    def _beside(self, item: Wanted, tenancy: Tenancy | None) -> Obstacle | None:
+        claimed = {claim.resource for claim in self.claims.records}
+        found = find_discord(item, tenancy, self.inventory, self.others(), claimed)
+        if found is None:
+            return None
+        what, neighbour = name_of(item.resource), name_of(found.resource)
+        if found.claim:
+            holder = holder_text(found.claim, self.pid_of)
+            said = f"{neighbour} is held by {holder}"
+        else:
+            holder = found.user.text if found.user else ""
+            said = f"{neighbour} is in use without a claim {found.user.by_whom if found.user else ''}"
+        message = f"{what} {found.reason}: {said}; see: vnet-lock show {found.resource}"
+        return Obstacle(found.resource, holder, message, found.claim)
 
     def _in_use(self, item: Wanted) -> Obstacle | None:
         own = self.claims.of(self.owner) if self.owner else ()
@@ -180,6 +200,7 @@ def plan(requests: Iterable[Request], situation: Situation) -> Plan | Refusal:
         own = {
             item.resource for done in taken.values() for item in done.wanted if item.mode is Mode.EXCLUSIVE
         }
+        situation = replace(situation, planned=tuple(taken.values()))
         if isinstance(request, Fixed):
             found = _plan_fixed(request, situation, own)
         else:
@@ -231,7 +252,8 @@ def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Ass
     if twice:
         message = f"{request.interface}: {name_of(twice)} is named twice in this guest"
         return Refusal(request, RefusalKind.INVALID, message, twice)
-    obstacle = situation.obstacle(wanted, request.mac)
+    tenancy = Tenancy(vlan=request.vlan) if request.vlan is not None else None
+    obstacle = situation.obstacle(wanted, request.mac, tenancy)
     if obstacle:
         return Refusal(request, RefusalKind.HELD, obstacle.message, obstacle.resource, obstacle.holder)
     return Assignment(request, _fixed_combination(request, inventory, wanted[0]), wanted)
@@ -285,9 +307,13 @@ def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> As
                 reason = candidate.reason
                 if not reason and any(item.resource in own for item in candidate.wanted):
                     reason = "another interface of this guest has it"
+                tenancy = Tenancy(intent.policy, intent.vlan) if port is Port.SRIOV else None
+                if not reason and tenancy:
+                    reason = sibling_in_the_way(
+                        candidate.wanted, tenancy, situation.inventory, situation.planned
+                    )
                 if not reason:
-                    private = (intent.policy, port) == (Policy.PRIVATE, Port.SRIOV)
-                    found = situation.obstacle(candidate.wanted, intent.mac, private)
+                    found = situation.obstacle(candidate.wanted, intent.mac, tenancy)
                     reason = found.message if found else ""
                 if not reason:
                     return Assignment(intent, combination, candidate.wanted, tuple(rejected))

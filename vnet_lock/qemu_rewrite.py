@@ -18,6 +18,7 @@ _PCI_KEYS = (
     *("id", "bus", "addr", "busnr", "bootindex", "multifunction", "acpi-index", "rombar", "failover_pair_id"),
 )
 # Networks that -net doesn't know: they are -netdev always, and the NIC of -net is put on them by their id.
+_IOMMUFD = "vnet-iommufd"
 _NETDEV_ONLY = (Backend.SOCKET, Backend.SOCKET_VHOST, Backend.PASST)
 
 
@@ -36,20 +37,24 @@ class Connected(Protocol):
     def pci(self) -> PciAddress | None: ...  # noqa: D102
     @property
     def path(self) -> str | None: ...  # noqa: D102
+    @property
+    def iommufd(self) -> bool: ...  # noqa: D102
 
 
-def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
+def rewrite(argv: QemuArgv, connections: Mapping[str, Connected], *, iommufd: bool = False) -> list[str]:
     """QEMU's arguments, without the program, with every ``host`` network as what QEMU knows.
 
-    ``connections`` has one for each intent's interface. What is not ours stays as it is, word by word.
+    ``connections`` has one for each intent's interface; ``iommufd`` says that this QEMU knows that. What is
+    not ours stays as it is, word by word.
     """
     made: dict[int, list[str]] = {}
+    modern = iommufd and any(connection.iommufd for connection in connections.values())
     for host in argv.hosts:
         connection = connections[host.intent.interface]
         made.setdefault(host.at, [])
         if connection.combination.backend is Backend.VFIO:
             at = host.nic.at if host.nic else host.at
-            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection).text])
+            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection, modern).text])
             continue
         word = argv.options[host.at].words[0]
         nic = host.nic
@@ -67,7 +72,9 @@ def rewrite(argv: QemuArgv, connections: Mapping[str, Connected]) -> list[str]:
     if argv.hosts and not left & {*NETWORKS, "nodefaults"}:
         # Without a network on its command line QEMU makes one of its own, with a NIC.
         made[argv.hosts[0].at][:0] = ["-nic", "none"]
-    return [word for at, option in enumerate(argv.options) for word in made.get(at, option.words)]
+    # One for all of the guest's functions: each has its memory pinned once.
+    before = ["-object", f"iommufd,id={_IOMMUFD}"] if modern else []
+    return [*before, *(word for at, option in enumerate(argv.options) for word in made.get(at, option.words))]
 
 
 def network(intent: Intent, connection: Connected) -> Properties:
@@ -128,9 +135,9 @@ def _device(nic: Nic, intent: Intent, connection: Connected) -> Properties:
     return device
 
 
-def _vfio_device(host: Host, connection: Connected) -> Properties:
+def _vfio_device(host: Host, connection: Connected, modern: bool) -> Properties:
     if connection.pci is None:
         raise ValueError(f"{connection.combination.text} without a PCI address")
     kept = host.nic.properties.only(_PCI_KEYS) if host.nic else Properties(())
-    items = (("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items)
-    return Properties(items, kept.is_json)
+    made = Properties((("driver", "vfio-pci"), ("host", connection.pci.text), *kept.items), kept.is_json)
+    return made.having("iommufd", _IOMMUFD) if modern and connection.iommufd else made

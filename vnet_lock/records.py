@@ -93,6 +93,7 @@ def encode(claim: Claim) -> bytes:
         "since": claim.since,
         "combination": claim.combination,
         "mac": claim.mac,
+        "vlan": claim.vlan,
         "pf": claim.pf.text if claim.pf else None,
         "worker": _process_record(claim.worker),
         "journal": [journal.to_json(entry) for entry in claim.journal],
@@ -144,6 +145,8 @@ def _claim(record: Any) -> Claim:
         mac=_take(record, "mac", str, type(None)),
         pf=_pci(pf) if pf is not None else None,
         worker=_process(record, "worker"),
+        # Records of version 1 had none at first.
+        vlan=_take(record, "vlan", int, type(None)) if "vlan" in record else None,
         journal=tuple(_entry(entry) for entry in _take(record, "journal", list)),
     )
 

@@ -4,11 +4,45 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
-from vnet_lock.combination import Port
+from vnet_lock.combination import Policy, Port
 from vnet_lock.model import Claim, Mode, Owner, PciAddress, ResourceKind, State, Wanted
 
 PidOf = Callable[[Owner], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tenancy:
+    """What the user of a VF is to the users of the PF's other VFs.
+
+    ``policy`` is None where it isn't known; ``vlan`` is None or 0 where there is none.
+    """
+
+    policy: Policy | None = None
+    vlan: int | None = None
+
+    @classmethod
+    def of(cls, claim: Claim, admin_vlan: int | None = None) -> Tenancy:
+        """A claim's; the VF's administrative VLAN counts where the claim says nothing."""
+        policy, port, _ = (claim.combination or "--").split("-", 2)
+        vlan = admin_vlan if claim.vlan is None else claim.vlan
+        return cls(Policy(policy) if port == Port.SRIOV else None, vlan)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody else on the PF may reach it."""
+        return self.policy is Policy.PRIVATE
+
+    def eswitch_mode(self, now: str | None) -> str | None:
+        """The mode that the PF's embedded switch has to have for it, None for any.
+
+        Whoever didn't say what he wants relies on what there is ``now``.
+        """
+        if self.is_private:
+            return None
+        modes: dict[Policy | None, str] = {Policy.VEB: "veb", Policy.VEPA: "vepa"}
+        return modes.get(self.policy, now)
 
 
 def conflict(wanted: Wanted, claim: Claim) -> bool:
@@ -34,13 +68,29 @@ def conflict(wanted: Wanted, claim: Claim) -> bool:
     )
 
 
-def breaks_privacy(wanted: Wanted, is_private: bool, claim: Claim) -> bool:
-    """Whether a VF that must be alone on its PF would have a neighbour: either of the two may be it."""
-    if wanted.pf is None or claim.pf != wanted.pf or claim.resource == wanted.resource:
-        return False
-    if claim.resource.kind is not ResourceKind.VF:
-        return False
-    return is_private or (claim.combination or "").startswith(f"private-{Port.SRIOV}-")
+def breaks_privacy(one: Tenancy, other: Tenancy) -> bool:
+    """Whether two VFs of a PF, of two guests, can't stand side by side because one of them is private.
+
+    A private one has a VLAN that no other has, or, without a VLAN, no neighbour at all.
+    """
+    private = [tenancy for tenancy in (one, other) if tenancy.is_private]
+    return any(not tenancy.vlan for tenancy in private) or bool(private and one.vlan == other.vlan)
+
+
+def breaks_eswitch(one: Tenancy, other: Tenancy, now: str | None) -> bool:
+    """Whether two VFs of a PF need different modes of its embedded switch, which is in mode ``now``."""
+    modes = {one.eswitch_mode(now), other.eswitch_mode(now)} - {None}
+    return len(modes) > 1
+
+
+def are_neighbours(wanted: Wanted, claim: Claim) -> bool:
+    """Whether a claim is about another VF of the same PF."""
+    return (
+        wanted.pf is not None
+        and claim.pf == wanted.pf
+        and claim.resource != wanted.resource
+        and claim.resource.kind is ResourceKind.VF
+    )
 
 
 def same_mac(wanted: Iterable[Wanted], mac: str | None, claim: Claim) -> bool:

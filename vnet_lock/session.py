@@ -17,7 +17,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import Backend, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, share_key
+from vnet_lock.journal import Entry, EswitchMode, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.observe import read_inventory
@@ -42,8 +42,10 @@ from vnet_lock.model import (
     UseKind,
     Wanted,
 )
+from vnet_lock.neighbours import needs_vlans
 from vnet_lock.planning import Situation, error_of, function_wanted, name_of, nic_wanted, plan
 from vnet_lock.ports import Job, Opened
+from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
 
 T = TypeVar("T")
@@ -94,7 +96,7 @@ class Session:
         requests = tuple(requests)
         claims = self.table.read()
         stale = frozenset(self._back.stale(claims))
-        situation = self._situation(self._observe(requests), owner, requests)
+        situation = self._situation(self._observe(requests, _needs_vlans(requests, claims)), owner, requests)
         return plan(requests, replace(situation, claims=claims, stale=stale))
 
     # --- taking -------------------------------------------------------------------------------
@@ -185,7 +187,7 @@ class Session:
     def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
         """Claim a resource for a process that uses it in its own way; nothing is changed or journalled."""
         self.heal()
-        inventory = read_inventory(self.settings, [resource.name])
+        inventory = read_inventory(self.settings, [resource.name], vlans=True)
         wanted = _wanted_for(inventory, resource, mode)
         request = Fixed(interface, resource.pci or resource.name, Form.HOSTDEV)
         situation = self._situation(inventory, owner)
@@ -311,11 +313,11 @@ class Session:
 
     # --- the steps ----------------------------------------------------------------------------
 
-    def _observe(self, requests: tuple[Request, ...]) -> Inventory:
+    def _observe(self, requests: tuple[Request, ...], vlans: bool) -> Inventory:
         devices: list[str] = []
         for request in requests:
             devices += [str(request.device)] if isinstance(request, Fixed) else request.devs
-        return read_inventory(self.settings, devices)
+        return read_inventory(self.settings, devices, vlans=vlans)
 
     def _situation(
         self, inventory: Inventory, owner: Owner | None = None, requests: tuple[Request, ...] = ()
@@ -337,7 +339,15 @@ class Session:
             kinship.is_own,
             lacking={what: why for what, why in lacking.items() if why},
             sources=sources,
+            no_vlans=self._lacks_vlans(requests),
         )
+
+    def _lacks_vlans(self, requests: tuple[Request, ...]) -> str:
+        if not any(request.vlan for request in requests if isinstance(request, Intent)):
+            return ""
+        from vnet_lock.kernel.modules import lacks_vlans  # 2 ms, and a megabyte to read
+
+        return lacks_vlans(self.settings)
 
     def _reserve(
         self, owner: Owner, requests: tuple[Request, ...], beside: bool
@@ -374,8 +384,10 @@ class Session:
         deadline = time.monotonic() + self.settings.busy_wait_s
         may_heal = True
         while True:
-            known = {claim.token for claim in self.table.read().records}
-            inventory = self._observe(requests)
+            seen = self.table.read()
+            known = {claim.token for claim in seen.records}
+            vlans = _needs_vlans(requests, seen)
+            inventory = self._observe(requests, vlans)
             situation = self._situation(inventory, owner, requests)
             situation = replace(situation, beside=beside, ignored=ignored)
             with self.table.guarded() as writer:
@@ -384,6 +396,8 @@ class Session:
                 # What was given back since we looked would seem to be a stranger's use, and its settings
                 # those that the device has by itself.
                 is_old = not known <= {claim.token for claim in claims.records}
+                # Who came meanwhile may be private, and then VLANs matter.
+                is_old = is_old or vlans < _needs_vlans(requests, claims)
                 is_late = time.monotonic() > deadline
                 if isinstance(result, Plan) and (is_late or not is_old):
                     return inventory, write(writer, claims, result)
@@ -414,7 +428,8 @@ class Session:
                 interface=assignment.request.interface,
                 since=time.time(),
                 combination=assignment.combination.text if assignment.combination else None,
-                mac=assignment.request.mac if isinstance(assignment.request, Fixed | Intent) else None,
+                mac=assignment.request.mac,
+                vlan=assignment.request.vlan,
                 pf=item.pf,
                 worker=self._me if state is State.RESERVED else None,
             )
@@ -432,6 +447,7 @@ class Session:
                 return None, ()
             from vnet_lock.kernel.before import read_before
 
+            self._keep_eswitch(assignment, token, inventory)
             return None, read_before(self.settings, device.pci)
         port = ports.find(assignment.combination.port) if assignment.combination else None
         if port is None:
@@ -444,6 +460,13 @@ class Session:
             opened = port.open_port(job)
         assert isinstance(opened, Opened)  # noqa: S101 - a module's function has no static type
         return opened, ()
+
+    def _keep_eswitch(self, assignment: Assignment, token: str, inventory: Inventory) -> None:
+        """Let the embedded switch stay in its mode, where another guest had it set, as long as this one."""
+        pf = inventory.pf_at(assignment.wanted[0].pf) if assignment.wanted[0].pf else None
+        if pf and pf.eswitch:
+            with self._sharing(token) as share:
+                share(EswitchMode(pf.pci.text, pf.eswitch, pf.eswitch))
 
     @contextmanager
     def _sharing(self, token: str) -> Iterator[Callable[[Entry], Entry]]:
@@ -492,6 +515,11 @@ class Session:
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
         return tuple(tokens)
+
+
+def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
+    wanted = (Tenancy(request.policy) for request in requests if isinstance(request, Intent))
+    return needs_vlans(wanted, claims.records)
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:

@@ -19,6 +19,7 @@ class Settings:
     run: str = "/run/vnet-lock"
     libvirt_run: str = "/run/libvirt"
     etc_libvirt: str = "/etc/libvirt"
+    lib_modules: str = "/lib/modules"
 
     # How long a claim that is being released by another process is waited for, at most.
     busy_wait_s: float = 5.0
@@ -41,6 +42,7 @@ class Settings:
             run=root + plain.run,
             libvirt_run=root + plain.libvirt_run,
             etc_libvirt=root + plain.etc_libvirt,
+            lib_modules=root + plain.lib_modules,
         )
 
     @property

@@ -11,6 +11,7 @@ from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import (
     Driver,
     Entry,
+    EswitchMode,
     Link,
     MadeLink,
     SharedLink,
@@ -58,6 +59,8 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:
             from vnet_lock.kernel import sysctl
 
             sysctl.restore(settings, entry.name, entry.before)
+        case EswitchMode():
+            _restore_eswitch_mode(settings, entry)
         case SocketFile():
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
@@ -94,6 +97,18 @@ def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:
     from vnet_lock.kernel import netlink
 
     netlink.set_vf(netdev, saved.index, **changed)
+
+
+def _restore_eswitch_mode(settings: Settings, saved: EswitchMode) -> None:
+    netdev = before.read_netdev(settings, PciAddress.parse(saved.pf))
+    if netdev is None:
+        raise Vanished(f"PF {saved.pf} has no network device here")
+    # What is neither was set by somebody else since, and isn't ours to change.
+    if saved.mode == saved.before or rtnetlink.read_eswitch_mode(netdev) != saved.mode:
+        return
+    from vnet_lock.kernel import netlink
+
+    netlink.set_eswitch_mode(netdev, saved.before)
 
 
 def _restore_driver(settings: Settings, saved: Driver) -> None:

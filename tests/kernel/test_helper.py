@@ -251,7 +251,7 @@ REFUSALS = [
     ("--mode=vepa --dev=up0 --queues=200", 2, "input", "126 queues"),
     ("--mode=vepa --dev=up0 --help", 2, "input", "'--help'"),
     ("--mode=vepa --dev=up0 --protocols=vfio", 5, "unsupported", "add tap"),
-    ("--mode=vepa --dev=up0 --vlan=7", 5, "unsupported", "VLAN"),
+    ("--mode=vepa --dev=up0 --port=sriov --vlan=7", 5, "unsupported", "no SR-IOV"),
     ("--mode=veb --port=bridge --dev=up0", 5, "unsupported", "no bridge"),
 ]
 

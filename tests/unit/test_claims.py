@@ -56,6 +56,7 @@ FULL = Claim(
         Driver("0000:01:10.0", "igbvf", None),
         MadeLink("vl0123", "ua-net0", "vnet-lock 0123456789abcdef"),
     ),
+    vlan=42,
 )
 
 
@@ -100,6 +101,15 @@ def test_every_field_of_a_claim_comes_back(table: ClaimTable) -> None:
     assert table.read() == Claims((FULL,))
     with table.guarded() as writer:
         assert writer.read() == Claims((FULL,))
+
+
+def test_a_record_of_an_older_version_that_has_no_vlan_is_read(table: ClaimTable, settings: Settings) -> None:
+    add(table, FULL)
+    path = path_of(settings, FULL)
+    record = json.loads(path.read_text())
+    del record["vlan"]
+    path.write_text(json.dumps(record))
+    assert table.read() == Claims((replace(FULL, vlan=None),))
 
 
 def test_a_record_is_named_after_resource_guest_and_token(table: ClaimTable, settings: Settings) -> None:

@@ -78,7 +78,7 @@ def example(name: str) -> list[Fixed | Intent]:
 def test_the_examples_of_fixed_devices_ask_for_just_these() -> None:
     vf0, vf2 = PciAddress.parse("01:10.0"), PciAddress.parse("01:10.2")
     assert example("hostdev-interface.xml") == [
-        Fixed("52:54:00:6b:01:01", vf0, Form.HOSTDEV, "52:54:00:6b:01:01")
+        Fixed("52:54:00:6b:01:01", vf0, Form.HOSTDEV, "52:54:00:6b:01:01", vlan=42)
     ]
     assert example("hostdev-device.xml") == [
         Fixed("hostdev0", vf0, Form.HOSTDEV, is_interface=False),

@@ -237,6 +237,13 @@ def test_a_bridge_above_is_a_use(host: FakeHost):
     assert (found.how, found.link) == ('port of bridge "br0"', "br0")
 
 
+def test_a_device_that_guests_share_is_no_claims_alone(host: FakeHost):
+    host.nic("vl7.42", uevent="DEVTYPE=vlan\n", ifalias="vnet-lock:shared:vl7.42\n")
+    host.stack("vl7.42", "eno1")
+    (found,) = users(host, "pf:0000:02:00.0", "eno1")
+    assert (found.link, found.mark) == ("vl7.42", None)
+
+
 def test_addresses_count_on_a_device_that_is_up(host: FakeHost):
     up = host.nic("br0", up=True, **{"bridge/bridge_id": "x"})
     down = host.nic("br1", **{"bridge/bridge_id": "x"})
@@ -251,6 +258,19 @@ def test_addresses_count_on_a_device_that_is_up(host: FakeHost):
     assert found == {
         Resource.nic("br0"): (User(None, "host", "address 10.0.0.1, fd00::1 on br0", UseKind.ADDRESS),)
     }
+
+
+def test_a_default_route_through_a_device_without_an_address_is_the_hosts_use(host: FakeHost):
+    row = "{}\t{}\t00000000\t0001\t0\t0\t0\t{}\t0\t0\t0"
+    rows = [
+        "Iface\tDestination\tGateway \tFlags\tRefCnt\tUse\tMetric\tMask\t\tMTU\tWindow\tIRTT",
+        row.format("eno1", "00000000", "00000000"),
+        row.format("enp1s0", "0000A8C0", "00FFFFFF"),
+    ]
+    build(host.root, {"proc/net/route": "\n".join(rows) + "\n"})
+    (found,) = users(host, "pf:0000:02:00.0")
+    assert (found.by_whom, found.kind) == ("by host: default route through eno1", UseKind.ADDRESS)
+    assert users(host, f"pf:{PF}") == ()
 
 
 def test_a_packet_socket_is_a_use_and_names_its_process(host: FakeHost):

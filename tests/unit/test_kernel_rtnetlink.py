@@ -71,6 +71,22 @@ def test_a_link_tells_its_kind_alias_parent_and_where_its_lower_device_is():
 
 
 @pytest.mark.parametrize(
+    ("kind", "data", "vlan"),
+    [
+        (b"vlan", attribute(1, struct.pack("=H", 42)) + attribute(5, b"\x81\x00"), 42),
+        (b"vlan", attribute(1, struct.pack("=H", 42)) + attribute(5, b"\x88\xa8"), None),
+        (b"vlan", b"", None),
+        (b"macvlan", attribute(1, struct.pack("=I", 4)), None),
+    ],
+)
+def test_a_vlan_device_tells_its_id_where_its_tags_are_8021qs(kind: bytes, data: bytes, vlan: int | None):
+    info = parse_link(
+        link(attribute(3, b"v42\0"), attribute(18, attribute(1, kind + b"\0") + attribute(2, data)))
+    )
+    assert info.vlan == vlan
+
+
+@pytest.mark.parametrize(
     "message",
     [
         b"",

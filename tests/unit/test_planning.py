@@ -273,12 +273,68 @@ def test_two_guests_with_one_mac_on_one_device_are_refused() -> None:
     assert "give each guest its own" in refused(decide(inventory, replace(VEPA, mac=mac), claims=(other,)))
 
 
-def test_the_policy_must_agree_with_the_embedded_switch() -> None:
-    veb, vepa = host(pf(PF_A, "enp1", 1, "veb")), host(pf(PF_A, "enp1", 1, "vepa"))
-    wants_vepa = replace(VFIO, policy=Policy.VEPA)
-    assert "veb mode" in refused(decide(veb, wants_vepa), RefusalKind.IMPOSSIBLE)
-    assert "vepa mode" in refused(decide(vepa, VFIO), RefusalKind.IMPOSSIBLE)
-    assert planned(decide(vepa, wants_vepa)) == [("vepa-sriov-vfio", "vf:0000:01:10.0")]
+def switch(now: str | None, *claims: Claim, **more: object) -> Plan | Refusal:
+    """What a guest gets that wants the second VF of a PF, as a VEPA if nothing else is said."""
+    wants = replace(VFIO, **{"policy": Policy.VEPA, "devs": ("enp1v1",), **more})
+    return decide(host(pf(PF_A, "enp1", 2, now)), wants, claims=claims)
+
+
+def test_the_embedded_switch_is_set_where_its_driver_has_modes() -> None:
+    for now in ("veb", "vepa"):
+        assert planned(switch(now)) == [("vepa-sriov-vfio", "vf:0000:01:10.2")]
+        assert planned(switch(now, policy=Policy.VEB)) == [("veb-sriov-vfio", "vf:0000:01:10.2")]
+    assert planned(switch(None, policy=Policy.VEB)) == [("veb-sriov-vfio", "vf:0000:01:10.2")]
+    message = refused(switch(None), RefusalKind.IMPOSSIBLE)
+    assert "the embedded switch of enp1 has no VEPA mode that igb could set" in message
+
+
+@pytest.mark.parametrize(
+    ("now", "combination", "goes"),
+    [
+        ("veb", "veb-sriov-vfio", False),
+        ("veb", "veb-sriov-tap", False),
+        ("veb", "vepa-sriov-tap", True),  # reserved, and not at it yet
+        ("vepa", "vepa-sriov-vfio", True),
+        ("veb", None, False),  # claimed by hand: it relies on what there is
+        ("vepa", None, True),
+        ("veb", "vepa-macvlan-tap", False),
+    ],
+)
+def test_the_embedded_switch_is_not_changed_under_another_guest(
+    now: str, combination: str | None, goes: bool
+) -> None:
+    vf = host(pf(PF_A, "enp1", 2)).pfs[0].vfs[0]
+    result = switch(now, claim(DB, vf.resource, PF_A, combination=combination))
+    if goes:
+        assert planned(result) == [("vepa-sriov-vfio", "vf:0000:01:10.2")]
+    else:
+        message = refused(result)
+        assert "VF 0000:01:10.2 would need the embedded switch of PF 0000:01:00.0 in vepa mode" in message
+        assert message.endswith("see: vnet-lock show vf:0000:01:10.0")
+
+
+def test_the_embedded_switch_is_not_changed_under_a_use_without_a_claim() -> None:
+    inventory = host(pf(PF_A, "enp1", 2, "veb"))
+    used = {inventory.pfs[0].vfs[0].resource: (User(99, "dpdk", "has it", UseKind.VFIO),)}
+    wants = replace(VFIO, policy=Policy.VEPA, devs=("enp1v1",))
+    message = refused(decide(replace(inventory, users=used), wants))
+    assert "VF 0000:01:10.0 is in use without a claim by dpdk (pid 99)" in message
+    assert planned(decide(replace(inventory, users=used), replace(wants, policy=Policy.VEB)))
+
+
+def test_one_guests_interfaces_need_one_mode_of_the_embedded_switch() -> None:
+    inventory = host(pf(PF_A, "enp1", 2, "veb"))
+    vepa = replace(VFIO, interface="net1", policy=Policy.VEPA)
+    message = refused(decide(inventory, VFIO, vepa), RefusalKind.IMPOSSIBLE)
+    assert "net0 of this guest needs another mode of PF 0000:01:00.0" in message
+    assert len(planned(decide(inventory, vepa, replace(vepa, interface="net2")))) == 2
+
+
+def test_libvirts_own_vf_takes_the_switch_as_it_is() -> None:
+    inventory = host(pf(PF_A, "enp1", 2, "veb"))
+    fixed = Fixed("hostdev0", inventory.pfs[0].vfs[1].pci, Form.HOSTDEV)
+    other = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A, combination="vepa-sriov-vfio")
+    assert planned(decide(inventory, fixed, claims=(other,)))
 
 
 def test_a_private_vf_is_alone_on_its_pf() -> None:
@@ -290,6 +346,37 @@ def test_a_private_vf_is_alone_on_its_pf() -> None:
     assert "alone" in refused(decide(inventory, replace(VFIO, devs=("enp1v1",)), claims=(hermit,)))
 
 
+def test_a_private_vf_with_a_vlan_may_have_neighbours_with_others_or_none() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    wants = replace(VFIO, policy=Policy.PRIVATE, vlan=42, devs=("enp1v1",))
+    neighbour = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A, combination="veb-sriov-vfio")
+    for vlan in (None, 41):
+        assert planned(decide(inventory, wants, claims=(replace(neighbour, vlan=vlan),)))
+    message = refused(decide(inventory, wants, claims=(replace(neighbour, vlan=42),)))
+    assert "VF 0000:01:10.2 would share VLAN 42 of PF 0000:01:00.0: VF 0000:01:10.0 is held by" in message
+    private = replace(neighbour, combination="private-sriov-tap", vlan=42)
+    later = replace(VFIO, vlan=42, devs=("enp1v1",))
+    assert "would share VLAN 42" in refused(decide(inventory, later, claims=(private,)))
+    assert planned(decide(inventory, replace(later, vlan=43), claims=(private,)))
+
+
+def test_the_administrative_vlan_counts_for_what_libvirt_has_or_nobody_claimed() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    one = inventory.pfs[0]
+    vlans = replace(one, vfs=(replace(one.vfs[0], vlan=42), one.vfs[1]))
+    inventory = replace(inventory, pfs=(vlans,))
+    wants = replace(VFIO, policy=Policy.PRIVATE, vlan=42, devs=("enp1v1",))
+    fixed = claim(DB, one.vfs[0].resource, PF_A, combination="veb-sriov-vfio")
+    assert "would share VLAN 42" in refused(decide(inventory, wants, claims=(fixed,)))
+    assert planned(decide(inventory, wants, claims=(replace(fixed, vlan=7),)))
+    used = {one.vfs[0].resource: (User(99, "dpdk", "has it", UseKind.VFIO),)}
+    assert "would share VLAN 42" in refused(decide(replace(inventory, users=used), wants))
+    private = claim(DB, one.vfs[1].resource, PF_A, combination="private-sriov-tap")
+    named = Fixed("hostdev0", one.vfs[0].pci, Form.HOSTDEV)
+    assert "share VLAN 42" in refused(decide(inventory, named, claims=(replace(private, vlan=42),)))
+    assert planned(decide(inventory, replace(named, vlan=7), claims=(replace(private, vlan=42),)))
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
@@ -298,7 +385,6 @@ def test_a_private_vf_is_alone_on_its_pf() -> None:
         (replace(VEPA, devs=("br0",), ports=(Port.MACVLAN,)), "is a bridge"),
         (replace(VEPA, devs=("eth1",), ports=(Port.MACVLAN,)), "port of bridge br0"),
         (replace(VEPA, devs=("eth2",), ports=(Port.MACVLAN,)), "is down"),
-        (replace(VEPA, vlan=5, ports=(Port.MACVLAN,)), "VLAN"),
     ],
 )
 def test_what_cannot_be_says_why(request_: Request, words: str) -> None:
@@ -311,6 +397,99 @@ def test_what_cannot_be_says_why(request_: Request, words: str) -> None:
     )
     message = refused(decide(host(pf(PF_A, "enp1", 1), empty, nics=nics), request_), RefusalKind.IMPOSSIBLE)
     assert words in message
+
+
+WHOLE = Intent("net0", Policy.PRIVATE, ("enp1",), (Port.PHYSDEV,), (Backend.VFIO,))
+
+
+def test_a_whole_nic_goes_to_one_guest_with_its_iommu_group() -> None:
+    second = replace(pf(PciAddress.parse("0000:01:00.1"), "enp2", 0), iommu_group=199)
+    inventory = host(pf(PF_A, "enp1", 0), second)
+    inventory = replace(inventory, iommu_groups={199: (PF_A, second.pci)})
+    for dev in ("enp1", PF_A.text):
+        result = decide(inventory, replace(WHOLE, devs=(dev,)))
+        assert planned(result) == [("private-physdev-vfio", "pf:0000:01:00.0")]
+        assert isinstance(result, Plan)
+        assert {(item.resource.text, item.mode) for item in result.assignments[0].wanted} == {
+            ("pf:0000:01:00.0", Mode.EXCLUSIVE),
+            ("pf:0000:01:00.1", Mode.EXCLUSIVE),
+        }
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (UseKind.ADDRESS, "address 192.0.2.1 on enp1"),
+        (UseKind.UPPER, 'port of bridge "br0"'),
+        (UseKind.SOCKET, "packet socket on enp1"),
+    ],
+)
+def test_a_nic_that_the_host_uses_is_never_given_away(kind: UseKind, how: str) -> None:
+    inventory = host(pf(PF_A, "enp1", 0))
+    inventory = replace(inventory, users={Resource.pf(PF_A): (User(None, "host", how, kind),)})
+    assert how in refused(decide(inventory, WHOLE))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"devs": ("enp2",)}, "enp2 has 2 VFs, which would go with it; run: vnet-lock vfs enp2 0"),
+        ({"devs": ("enp2v0",)}, "enp2v0 is a VF: use port=sriov"),
+        ({"devs": ("veth0",)}, "veth0 has no PCI function of its own"),
+        ({"vlan": 7}, "leave vlan=7 to the guest"),
+        ({"mac": "52:54:00:00:00:09"}, "keeps its own MAC"),
+        ({"devs": ("enp3",)}, "in no IOMMU group"),
+    ],
+)
+def test_a_whole_nic_that_cannot_be_given_says_why(more: dict[str, object], words: str) -> None:
+    loose = replace(pf(PciAddress.parse("0000:03:00.0"), "enp3", 0), iommu_group=None)
+    inventory = host(pf(PF_A, "enp1", 0), pf(PF_B, "enp2", 2), loose, nics=(nic("veth0"),))
+    assert words in refused(decide(inventory, replace(WHOLE, **more)), RefusalKind.IMPOSSIBLE)
+
+
+VLAN = replace(VEPA, vlan=42, ports=(Port.MACVLAN,))
+
+
+def claims_of(result: Plan | Refusal) -> list[tuple[str, str]]:
+    assert isinstance(result, Plan), result
+    return [(item.resource.text, item.mode) for item in result.assignments[0].wanted]
+
+
+def test_a_vlan_of_a_device_is_a_device_that_guests_share() -> None:
+    inventory = host(pf(PF_A, "enp1", 0))
+    assert claims_of(decide(inventory, VLAN)) == [
+        ("nic:vl1.42", Mode.SHARED),
+        ("pf:0000:01:00.0", Mode.SHARED),
+    ]
+    other = claim(DB, Resource.nic("vl1.42"), mode=Mode.SHARED)
+    assert planned(decide(inventory, VLAN, claims=(other,))) == [("vepa-macvlan-tap+vhost", "nic:vl1.42")]
+
+
+def test_a_vlan_device_that_is_there_is_used_as_it_is() -> None:
+    there = nic("enp1.42", kind="vlan", lowers=("enp1",), vlan=42)
+    others = nic("enp1.41", kind="vlan", lowers=("enp1",), vlan=41), nic("tag", kind="vlan", lowers=("enp1",))
+    inventory = host(pf(PF_A, "enp1", 0), nics=(*others, there))
+    assert claims_of(decide(inventory, VLAN)) == [
+        ("nic:enp1.42", Mode.SHARED),
+        ("pf:0000:01:00.0", Mode.SHARED),
+    ]
+    down = host(pf(PF_A, "enp1", 0), nics=(replace(there, up=False),))
+    assert "ip link set enp1.42 up" in refused(decide(down, VLAN), RefusalKind.IMPOSSIBLE)
+    port = host(pf(PF_A, "enp1", 0), nics=(replace(there, master="br7"), nic("br7", kind="bridge")))
+    assert "enp1.42 is a port of bridge br7" in refused(decide(port, VLAN), RefusalKind.IMPOSSIBLE)
+
+
+def test_a_vlan_device_that_another_guest_is_making_is_waited_for_and_not_taken_for_the_hosts() -> None:
+    half = nic("vl0123456789ab", kind="vlan", lowers=("enp1",), vlan=42, up=False)
+    assert claims_of(decide(host(pf(PF_A, "enp1", 0), nics=(half,)), VLAN))[0] == (
+        "nic:vl1.42",
+        Mode.SHARED,
+    )
+
+
+def test_a_kernel_without_vlan_devices_is_said() -> None:
+    message = refused(decide(host(pf(PF_A, "enp1", 0)), VLAN, no_vlans="no 8021q"), RefusalKind.IMPOSSIBLE)
+    assert "no 8021q" in message
 
 
 def test_a_combination_that_does_not_exist_is_bad_input() -> None:

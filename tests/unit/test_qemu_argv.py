@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -24,6 +24,7 @@ class Connection:
     vhost_fds: tuple[int | str, ...] = ()
     pci: PciAddress | None = None
     path: str | None = None
+    iommufd: bool = False
 
 
 TAP = Connection(Combination.parse("vepa-macvlan-tap"), MAC, (3,))
@@ -180,6 +181,19 @@ def test_several_networks_each_get_their_own():
         f"-netdev tap,id=net0,fd=3,vhost=on,vhostfd=4 {DEVICE},mac={MAC} -device vfio-pci,host=0000:01:10.0 "
         f"-netdev tap,id=host2,fd=3 -device virtio-net-pci,netdev=host2,mac={MAC} -netdev user,id=host0"
     )
+
+
+def test_functions_share_one_iommufd_where_kernel_and_qemu_have_it():
+    line = "-nic host,mode=veb,dev=eth1 -nic host,mode=veb,dev=eth2,addr=5 -nic host,mode=veb,dev=eth3"
+    modern, old = replace(VFIO, iommufd=True), replace(VFIO, pci=PciAddress.parse("0000:01:10.2"))
+    argv = read_argv(line.split())
+    connections = {"host0": modern, "host1": modern, "host2": old}
+    assert rewrite(argv, connections, iommufd=True) == shlex.split(
+        "-object iommufd,id=vnet-iommufd -nic none -device vfio-pci,host=0000:01:10.0,iommufd=vnet-iommufd "
+        "-device vfio-pci,host=0000:01:10.0,addr=5,iommufd=vnet-iommufd -device vfio-pci,host=0000:01:10.2"
+    )
+    assert "iommufd" not in " ".join(rewrite(argv, connections))
+    assert "iommufd" not in " ".join(rewrite(argv, dict.fromkeys(connections, old), iommufd=True))
 
 
 def test_every_key_reaches_the_intent():

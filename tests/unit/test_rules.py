@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from vnet_lock.combination import Policy
 from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State, Wanted
-from vnet_lock.rules import breaks_privacy, conflict, holder_text, same_mac, since_text
+from vnet_lock.rules import (
+    Tenancy,
+    are_neighbours,
+    breaks_eswitch,
+    breaks_privacy,
+    conflict,
+    holder_text,
+    same_mac,
+    since_text,
+)
 
 PF = PciAddress.parse("0000:01:00.0")
 OTHER_PF = PciAddress.parse("0000:02:00.0")
@@ -50,14 +62,72 @@ def test_the_conflict_matrix(wanted: Wanted, there_is: Wanted, forbidden: bool) 
     assert conflict(wanted, claim(there_is)) is forbidden
 
 
-def test_a_private_vf_wants_no_neighbour_and_may_be_none() -> None:
-    neighbour = claim(Wanted(Resource.vf(VF1), Mode.EXCLUSIVE, PF), "veb-sriov-vfio")
-    hermit = claim(Wanted(Resource.vf(VF1), Mode.EXCLUSIVE, PF), "private-sriov-vfio")
-    assert breaks_privacy(VF, True, neighbour)
-    assert breaks_privacy(VF, False, hermit)
-    assert not breaks_privacy(VF, False, neighbour)
-    assert not breaks_privacy(VF, True, claim(PF_SHARED))
-    assert not breaks_privacy(PF_SHARED, True, neighbour)
+UNKNOWN, VEB, VEPA = Tenancy(), Tenancy(Policy.VEB), Tenancy(Policy.VEPA)
+HERMIT, PRIVATE_5 = Tenancy(Policy.PRIVATE), Tenancy(Policy.PRIVATE, 5)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "forbidden"),
+    [
+        (VEB, VEB, False),
+        (VEB, HERMIT, True),
+        (UNKNOWN, HERMIT, True),
+        (HERMIT, HERMIT, True),
+        (HERMIT, PRIVATE_5, True),
+        (VEB, PRIVATE_5, False),
+        (UNKNOWN, PRIVATE_5, False),
+        (Tenancy(Policy.VEB, 5), PRIVATE_5, True),
+        (Tenancy(None, 5), PRIVATE_5, True),
+        (Tenancy(Policy.VEB, 6), PRIVATE_5, False),
+        (PRIVATE_5, PRIVATE_5, True),
+        (Tenancy(Policy.PRIVATE, 6), PRIVATE_5, False),
+        (Tenancy(Policy.VEB, 5), Tenancy(Policy.VEB, 5), False),
+        (Tenancy(Policy.PRIVATE, 0), Tenancy(Policy.VEB, 0), True),
+    ],
+)
+def test_a_private_vf_has_a_vlan_of_its_own_or_no_neighbour(
+    one: Tenancy, other: Tenancy, forbidden: bool
+) -> None:
+    assert breaks_privacy(one, other) is forbidden
+    assert breaks_privacy(other, one) is forbidden
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "now", "forbidden"),
+    [
+        (VEB, VEB, "veb", False),
+        (VEPA, VEPA, "veb", False),
+        (VEB, VEPA, "veb", True),
+        (VEB, VEPA, "vepa", True),
+        (VEPA, UNKNOWN, "veb", True),
+        (VEPA, UNKNOWN, "vepa", False),
+        (VEB, UNKNOWN, "vepa", True),
+        (VEPA, PRIVATE_5, "veb", False),
+        (VEB, UNKNOWN, None, False),
+    ],
+)
+def test_the_users_of_a_pfs_vfs_need_one_mode_of_its_embedded_switch(
+    one: Tenancy, other: Tenancy, now: str | None, forbidden: bool
+) -> None:
+    assert breaks_eswitch(one, other, now) is forbidden
+    assert breaks_eswitch(other, one, now) is forbidden
+
+
+def test_a_claim_tells_what_its_guest_is_to_the_neighbours() -> None:
+    wanted = Wanted(Resource.vf(VF1), Mode.EXCLUSIVE, PF)
+    assert Tenancy.of(claim(wanted, "private-sriov-vfio")) == HERMIT
+    assert Tenancy.of(replace(claim(wanted, "veb-sriov-tap"), vlan=7), 8) == Tenancy(Policy.VEB, 7)
+    assert Tenancy.of(claim(wanted), 8) == Tenancy(None, 8)
+    # A macvlan on a VF sets nothing at the PF.
+    assert Tenancy.of(claim(wanted, "vepa-macvlan-tap")) == UNKNOWN
+
+
+def test_neighbours_are_other_vfs_of_the_same_pf() -> None:
+    assert are_neighbours(VF, claim(Wanted(Resource.vf(VF1), Mode.EXCLUSIVE, PF)))
+    assert not are_neighbours(VF, claim(VF))
+    assert not are_neighbours(VF, claim(PF_SHARED))
+    assert not are_neighbours(VF, claim(Wanted(Resource.vf(VF1), Mode.EXCLUSIVE, OTHER_PF)))
+    assert not are_neighbours(PF_SHARED, claim(VF))
 
 
 def test_one_mac_twice_on_one_device_or_pf_is_seen() -> None:

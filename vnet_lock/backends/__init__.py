@@ -23,7 +23,7 @@ class Connection:
     """What one interface's words on QEMU's command line are made of.
 
     ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone, ``path``, a
-    unix socket, for socket+vhost.
+    unix socket, for socket+vhost. ``iommufd`` says that the kernel offers the function through it, too.
     """
 
     combination: Combination
@@ -33,6 +33,7 @@ class Connection:
     pci: PciAddress | None = None
     netdev: str | None = None
     path: str | None = None
+    iommufd: bool = False
 
     @property
     def descriptors(self) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.errors import Unsupported, VnetLockError
+from vnet_lock.front.qemu_probe import knows_iommufd
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
 from vnet_lock.model import Owner, OwnerKind, Process, Request
 from vnet_lock.qemu_argv import QemuArgv
@@ -228,7 +229,8 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
             connection = session.connect(grant)
             opened += connection.descriptors
             connections[grant.assignment.request.interface] = connection
-        args = rewrite(guest.argv, connections)
+        offered = any(connection.iommufd for connection in connections.values())
+        args = rewrite(guest.argv, connections, iommufd=offered and knows_iommufd(guest.path))
         if guest.argv.daemonize and not guest.argv.pidfile:
             args = [*args, "-pidfile", guest.pidfile(settings, os.getpid())]
         for descriptor in opened:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
+from vnet_lock.front.qemu_probe import knows_iommufd
 from vnet_lock.front.supervisor import Guest, Lifecycle, become, print_error, run_guest
 from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, Request
 from vnet_lock.planning import error_of
@@ -82,6 +83,7 @@ class Shown:
     vhost_fds: tuple[str, ...]
     pci: PciAddress | None
     path: str | None
+    iommufd: bool = False
 
     @classmethod
     def of(cls, assignment: Assignment) -> Shown:
@@ -100,6 +102,7 @@ class Shown:
             tuple(f"<vhost:{mark}>" for mark in marks) if backend is Backend.TAP_VHOST else (),
             assignment.device.pci if backend is Backend.VFIO else None,
             f"<vhost-user:{name}>" if backend is Backend.SOCKET_VHOST else None,
+            backend is Backend.VFIO,
         )
 
 
@@ -208,9 +211,14 @@ def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) 
     import shlex  # 3 ms
 
     connections: dict[str, Shown] = {}
+    iommufd = False
     if argv.hosts:
         result = open_planner().plan(argv.intents)
         if isinstance(result, Refusal):
             raise error_of(result)
         connections = {one.request.interface: Shown.of(one) for one in result.assignments}
-    print(shlex.join([command.program, *rewrite(argv, connections)]))
+    if any(connection.iommufd for connection in connections.values()):
+        from vnet_lock.backends.vfio import offers_iommufd
+
+        iommufd = offers_iommufd(DEFAULT) and knows_iommufd(command.program)
+    print(shlex.join([command.program, *rewrite(argv, connections, iommufd=iommufd)]))

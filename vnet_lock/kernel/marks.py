@@ -8,6 +8,8 @@ from vnet_lock.settings import Settings
 
 # What the ifalias of a link of ours starts with; the claim's token follows.
 PREFIX = "vnet-lock:"
+# What the ifalias of a link starts with that guests share; its name follows.
+SHARED_PREFIX = PREFIX + "shared:"
 
 
 def read_mark(settings: Settings, netdev: str) -> str | None:
@@ -20,4 +22,6 @@ def read_mark(settings: Settings, netdev: str) -> str | None:
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.EINVAL, errno.ENOTDIR, errno.EACCES):
             return None
         raise
-    return alias.removeprefix(PREFIX) if alias.startswith(PREFIX) else None
+    # What several guests share is no claim's alone.
+    is_claims = alias.startswith(PREFIX) and not alias.startswith(SHARED_PREFIX)
+    return alias.removeprefix(PREFIX) if is_claims else None

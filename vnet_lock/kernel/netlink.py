@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
+from vnet_lock.kernel import rtnetlink
 from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.rtnetlink import read_links
 from vnet_lock.settings import DEFAULT, Settings
@@ -29,6 +30,10 @@ _IFF_VNET_HDR, _IFF_TUN_EXCL = 0x4000, 0x8000
 _IFREQ = struct.Struct("=16sH22x")  # struct ifreq
 # enum in6_addr_gen_mode, include/uapi/linux/if_link.h
 _ADDRGENMODES = {"eui64": 0, "none": 1, "stable_secret": 2, "random": 3}
+# include/uapi/linux/{netlink,rtnetlink,if_link,if_bridge}.h
+_RTM_SETLINK, _NLM_F_ACK, _NLA_F_NESTED = 19, 0x4, 0x8000
+_IFLA_PROTINFO, _IFLA_BRIDGE_FLAGS, _BRIDGE_FLAGS_SELF = 12, 0, 2
+_ESWITCH_MODES = {"veb": 0, "vepa": 1}
 # IFLA_VF_LINK_STATE_*, include/uapi/linux/if_link.h
 LINK_STATES = {"auto": 0, "enable": 1, "disable": 2}
 
@@ -100,6 +105,17 @@ def add_tap(name: str, alias: str, *, queues: int = 1, settings: Settings = DEFA
     _finish(name, alias, addrgenmode="none")
 
 
+def add_vlan(name: str, lower: str, vlan: int, alias: str) -> None:
+    """Make an 802.1Q VLAN device with an ifalias: down, without IPv6 addresses of its own."""
+    index = _index(lower)
+    with (
+        _route() as route,
+        _explained(f"making VLAN device {name} (VLAN {vlan}) on {lower}", lower, _NEW_VLAN),
+    ):
+        route.link("add", ifname=name, kind="vlan", link=index, vlan_id=vlan)
+    _finish(name, alias, addrgenmode="none")
+
+
 def rename_link(old: str, new: str) -> None:
     """Give a device another name; VnetLockError where another has it."""
     if "%" in new:
@@ -143,6 +159,11 @@ def set_link(
         _set(ifname, f"setting allmulticast of {ifname}", {}, flags=flags, change=_IFF_ALLMULTI)
     if up:
         _set(ifname, f"setting {ifname} up", _UP, flags=_IFF_UP, change=_IFF_UP)
+
+
+def move_link(ifname: str, namespace: int) -> None:
+    """Move a device, which goes down by that, to the network namespace that a descriptor is of."""
+    _set(ifname, f"moving {ifname} to a namespace of its own", _MOVE, net_ns_fd=namespace)
 
 
 def set_master(ifname: str, bridge: str | None) -> None:
@@ -192,6 +213,25 @@ def set_vf(
         _set(pf_netdev, f"setting VF {index} of {pf_netdev} to {words}", _VF, vf={"vf": index, **setting})
 
 
+def set_eswitch_mode(pf_netdev: str, mode: str) -> None:
+    """Set a PF's embedded switch, for all of its VFs, to ``veb`` or ``vepa``.
+
+    Unsupported where the driver has no such modes. The request is the one that iproute2 sends for
+    ``bridge link set dev PF hwmode MODE``; pyroute2 has no call for it that all its versions know.
+    """
+    if mode not in _ESWITCH_MODES:
+        raise BadInput(f"embedded switch mode {mode!r} is none of: {', '.join(_ESWITCH_MODES)}")
+    attributes = struct.pack("=H", _BRIDGE_FLAGS_SELF), struct.pack("=H", _ESWITCH_MODES[mode])
+    spec = rtnetlink.pack(_IFLA_BRIDGE_FLAGS, attributes[0])
+    spec += rtnetlink.pack(rtnetlink.IFLA_BRIDGE_MODE, attributes[1])
+    body = rtnetlink.IFINFO.pack(rtnetlink.AF_BRIDGE, 0, _index(pf_netdev), 0, 0)
+    body += rtnetlink.pack(_IFLA_PROTINFO | _NLA_F_NESTED, b"")
+    body += rtnetlink.pack(rtnetlink.IFLA_AF_SPEC, spec)
+    what = f"setting the embedded switch of {pf_netdev} to {mode}"
+    with _explained(what, pf_netdev, _ESWITCH), rtnetlink.open_route_socket() as route:
+        list(rtnetlink.ask(route, _RTM_SETLINK, _NLM_F_ACK, body))
+
+
 def remove_link(name: str, alias: str) -> bool:
     """Remove the device that has this name or, renamed since, this ifalias; False where there is none."""
     removed = False
@@ -219,6 +259,14 @@ _NEW_TAP = {
     errno.EBUSY: "there is a device of that name; see: ip link",
     errno.EINVAL: "there is a device of that name that is no tap; see: ip link",
 }
+_NEW_VLAN = {
+    errno.EEXIST: "another VLAN device on it has that VLAN, or that name; see: ip -d link show type vlan",
+    errno.EOPNOTSUPP: "this kernel has no VLAN devices; run: modprobe 8021q",
+}
+_ESWITCH = {
+    errno.EOPNOTSUPP: "its driver has no such mode; see: bridge link set dev … hwmode",
+    errno.EINVAL: "its driver takes no such mode now; see: dmesg",
+}
 _RENAME = {
     errno.EEXIST: "another device has that name; see: ip link",
     errno.EINVAL: "the kernel takes no such name",
@@ -236,6 +284,10 @@ _UP = {
     errno.EADDRINUSE: "another device on the same lower device has its MAC; see: ip -d link",
     errno.ENETDOWN: "its lower device is down; set that up first",
     errno.EBUSY: "its MAC is the lower device's own; give it another",
+}
+_MOVE = {
+    errno.EEXIST: "there is a device of that name already",
+    errno.EINVAL: "its driver keeps it where it is",
 }
 _MASTER = {
     errno.EBUSY: "it is a port of another bridge, or a macvtap stands on it; see: ip -d link",

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from vnet_lock.errors import Vanished
 from vnet_lock.kernel import rtnetlink, sysfs
 from vnet_lock.kernel.users import read_users
 from vnet_lock.model import Inventory, Nic, PciAddress, Pf, is_ifname
@@ -17,11 +18,14 @@ T = TypeVar("T")
 _TRIES = 3
 
 
-def read_inventory(settings: Settings, devices: Collection[str] | None = None) -> Inventory:
+def read_inventory(
+    settings: Settings, devices: Collection[str] | None = None, *, vlans: bool = False
+) -> Inventory:
     """The network functions and devices of this host, and their users.
 
     ``devices`` (names or PCI addresses) restricts it to what these concern: a VF's or PF's whole PF, a
     network device with all below it and what stands directly on it. What isn't there is absent.
+    ``vlans`` asks for the administrative VLANs of VFs, too.
     """
     seen = _read_all(settings) if devices is None else _read_concerned(settings, devices)
     for _ in range(_TRIES - 1):
@@ -31,6 +35,8 @@ def read_inventory(settings: Settings, devices: Collection[str] | None = None) -
     pfs, nics = seen.pfs, seen.nics
     told = _ask_netlink(pfs, nics.values())
     pfs = tuple(_with_eswitch(pf, nics, told) for pf in pfs)
+    if vlans:
+        pfs = tuple(map(_with_vlans, pfs))
     nics = {name: _with_kind(nic, told) for name, nic in nics.items()}
     return Inventory(
         pfs=pfs,
@@ -119,18 +125,18 @@ class _Told:
 
     addresses: Mapping[int, tuple[str, ...]]
     eswitches: Mapping[int, str]
-    kinds: Mapping[int, str]
+    kinds: Mapping[int, tuple[str, int | None]]
 
 
 def _ask_netlink(pfs: Iterable[Pf], nics: Collection[Nic]) -> _Told:
     """Addresses, embedded switches and kinds, each asked for only where there may be some."""
     has_up = any(nic.up for nic in nics)
     has_sriov = any(pf.totalvfs and pf.netdev for pf in pfs)
-    has_unknown = any(nic.kind == "other" and nic.lowers for nic in nics)
+    has_unknown = any(nic.kind in ("other", "vlan") and nic.lowers for nic in nics)
     return _Told(
         addresses=_confirm(rtnetlink.read_addresses(), nics) if has_up else {},
         eswitches=_confirm(rtnetlink.read_eswitch_modes(), nics) if has_sriov else {},
-        kinds=_confirm({link.ifindex: link.kind for link in rtnetlink.read_links()}, nics)
+        kinds=_confirm({link.ifindex: (link.kind, link.vlan) for link in rtnetlink.read_links()}, nics)
         if has_unknown
         else {},
     )
@@ -160,6 +166,19 @@ def _with_eswitch(pf: Pf, nics: Mapping[str, Nic], told: _Told) -> Pf:
     return replace(pf, eswitch=mode) if mode else pf
 
 
+def _with_vlans(pf: Pf) -> Pf:
+    if not pf.vfs or pf.netdev is None:
+        return pf
+    try:
+        told = rtnetlink.read_vf_admin(pf.netdev)
+    except Vanished:
+        return pf
+    vfs = (replace(vf, vlan=told[vf.index].vlan) if vf.index in told else vf for vf in pf.vfs)
+    return replace(pf, vfs=tuple(vfs))
+
+
 def _with_kind(nic: Nic, told: _Told) -> Nic:
-    kind = told.kinds.get(nic.ifindex, "")
-    return replace(nic, kind=kind) if nic.kind == "other" and kind in ("macvlan", "vlan") else nic
+    kind, vlan = told.kinds.get(nic.ifindex, ("", None))
+    if nic.kind not in ("other", "vlan") or kind not in ("macvlan", "vlan"):
+        return nic
+    return replace(nic, kind=kind, vlan=vlan)

@@ -22,14 +22,16 @@ if TYPE_CHECKING:
 _NLMSG_ERROR, _NLMSG_DONE = 2, 3
 _NLM_F_REQUEST, _NLM_F_DUMP, _NLM_F_DUMP_INTR = 0x1, 0x300, 0x10
 _RTM_GETLINK, _RTM_GETADDR, _RTM_GETNSID = 18, 22, 90
-_AF_BRIDGE = 7
+AF_BRIDGE = 7
 _MSG_TRUNC = 0x20
 
 _IFLA_IFNAME, _IFLA_LINK, _IFLA_LINKINFO, _IFLA_VFINFO_LIST = 3, 5, 18, 22
-_IFLA_IFALIAS, _IFLA_AF_SPEC, _IFLA_EXT_MASK = 20, 26, 29
+_IFLA_IFALIAS, IFLA_AF_SPEC, _IFLA_EXT_MASK = 20, 26, 29
 _IFLA_LINK_NETNSID, _IFLA_PARENT_DEV_NAME = 37, 56
-_IFLA_INFO_KIND = 1
-_IFLA_BRIDGE_MODE = 1
+_IFLA_INFO_KIND, _IFLA_INFO_DATA = 1, 2
+_IFLA_VLAN_ID, _IFLA_VLAN_PROTOCOL = 1, 5
+_ETH_P_8021Q = b"\x81\x00"
+IFLA_BRIDGE_MODE = 1
 _IFLA_VF_INFO = 1
 _IFLA_VF_MAC, _IFLA_VF_VLAN, _IFLA_VF_TX_RATE, _IFLA_VF_SPOOFCHK = 1, 2, 3, 4
 _IFLA_VF_LINK_STATE, _IFLA_VF_RATE, _IFLA_VF_TRUST = 5, 6, 9
@@ -40,7 +42,7 @@ _RT_SCOPE_LINK = 253
 _BRIDGE_MODES = {0: "veb", 1: "vepa"}
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
-_IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
+IFINFO = struct.Struct("=BxHiII")  # struct ifinfomsg
 _IFADDR = struct.Struct("=BBBBI")  # struct ifaddrmsg
 _ATTRIBUTE = struct.Struct("=HH")  # struct nlattr
 _U32 = struct.Struct("=I")
@@ -72,6 +74,7 @@ class LinkInfo:
 
     ``parent`` is the name of the device that it is the interface of (a PCI address; kernel 5.14 and newer),
     ``link`` the ifindex of its lower device, which is in namespace ``link_nsid`` where that is told.
+    ``vlan`` is the ID of an 802.1Q VLAN device.
     """
 
     ifindex: int
@@ -81,6 +84,7 @@ class LinkInfo:
     parent: str | None = None
     link: int | None = None
     link_nsid: int | None = None
+    vlan: int | None = None
 
 
 def open_route_socket() -> socket:
@@ -99,10 +103,10 @@ def open_route_socket() -> socket:
 
 def read_vf_admin(pf_netdev: str) -> dict[int, VfAdminInfo]:
     """A PF's VFs by index; empty where it has none. Vanished where there is no such device."""
-    body = _ifinfo() + _pack(_IFLA_IFNAME, pf_netdev.encode() + b"\0") + _ext_mask(_RTEXT_FILTER_VF)
+    body = _ifinfo() + pack(_IFLA_IFNAME, pf_netdev.encode() + b"\0") + _ext_mask(_RTEXT_FILTER_VF)
     try:
         with open_route_socket() as route:
-            messages = list(_ask(route, _RTM_GETLINK, 0, body))
+            messages = list(ask(route, _RTM_GETLINK, 0, body))
     except OSError as error:
         if error.errno == errno.ENODEV:
             raise Vanished(f"network device {pf_netdev} is gone") from error
@@ -116,14 +120,24 @@ def read_vf_admin(pf_netdev: str) -> dict[int, VfAdminInfo]:
 def read_eswitch_modes() -> dict[int, str]:
     """The mode of embedded switches by ifindex of the PF: ``veb`` or ``vepa``, where the driver tells."""
     modes: dict[int, str] = {}
-    for message in _dump("embedded switches", _RTM_GETLINK, _ifinfo(_AF_BRIDGE) + _ext_mask(0)):
+    for message in _dump("embedded switches", _RTM_GETLINK, _ifinfo(AF_BRIDGE) + _ext_mask(0)):
         ifindex, attributes = _parse_link(message)
-        spec = dict(_attributes(attributes.get(_IFLA_AF_SPEC, b"")))
-        if len(spec.get(_IFLA_BRIDGE_MODE, b"")) == 2:
-            mode = _BRIDGE_MODES.get(int.from_bytes(spec[_IFLA_BRIDGE_MODE], sys.byteorder))
+        spec = dict(_attributes(attributes.get(IFLA_AF_SPEC, b"")))
+        if len(spec.get(IFLA_BRIDGE_MODE, b"")) == 2:
+            mode = _BRIDGE_MODES.get(int.from_bytes(spec[IFLA_BRIDGE_MODE], sys.byteorder))
             if mode is not None:
                 modes[ifindex] = mode
     return modes
+
+
+def read_eswitch_mode(pf_netdev: str) -> str | None:
+    """The mode of one PF's embedded switch, None where the driver doesn't tell or the PF is gone."""
+    import socket  # loaded by then
+
+    try:
+        return read_eswitch_modes().get(socket.if_nametoindex(pf_netdev))
+    except OSError:
+        return None
 
 
 def read_addresses() -> dict[int, tuple[str, ...]]:
@@ -158,9 +172,9 @@ def read_links(route: socket | None = None) -> tuple[LinkInfo, ...]:
 
 def read_nsid(route: socket, namespace: int) -> int | None:
     """The number under which the namespace of ``route`` knows another (an open descriptor), if it does."""
-    body = b"\0\0\0\0" + _pack(_NETNSA_FD, _U32.pack(namespace))
+    body = b"\0\0\0\0" + pack(_NETNSA_FD, _U32.pack(namespace))
     try:
-        for message in _ask(route, _RTM_GETNSID, 0, body):
+        for message in ask(route, _RTM_GETNSID, 0, body):
             value = dict(_attributes(message[4:])).get(_NETNSA_NSID, b"")
             if len(value) == 4:
                 nsid = int.from_bytes(value, sys.byteorder, signed=True)
@@ -174,15 +188,26 @@ def parse_link(message: bytes) -> LinkInfo:
     """One RTM_NEWLINK message without its header; VnetLockError where it is malformed."""
     ifindex, attributes = _parse_link(message)
     info = dict(_attributes(attributes.get(_IFLA_LINKINFO, b"")))
+    kind = _text(info.get(_IFLA_INFO_KIND, b""))
     return LinkInfo(
         ifindex=ifindex,
         name=_text(attributes.get(_IFLA_IFNAME, b"")),
-        kind=_text(info.get(_IFLA_INFO_KIND, b"")),
+        kind=kind,
         alias=_text(attributes.get(_IFLA_IFALIAS, b"")),
         parent=_text(attributes.get(_IFLA_PARENT_DEV_NAME, b"")) or None,
         link=_number(attributes.get(_IFLA_LINK)),
         link_nsid=_number(attributes.get(_IFLA_LINK_NETNSID)),
+        vlan=_parse_vlan(info.get(_IFLA_INFO_DATA, b"")) if kind == "vlan" else None,
     )
+
+
+def _parse_vlan(data: bytes) -> int | None:
+    """The ID of a VLAN device; None where its tags are not 802.1Q's."""
+    attributes = dict(_attributes(data))
+    protocol, number = attributes.get(_IFLA_VLAN_PROTOCOL), attributes.get(_IFLA_VLAN_ID, b"")
+    if len(number) != 2 or protocol not in (None, _ETH_P_8021Q):
+        return None
+    return int.from_bytes(number, sys.byteorder)
 
 
 def parse_vf_admin(message: bytes) -> dict[int, VfAdminInfo]:
@@ -231,7 +256,7 @@ def _dump(what: str, request: int, body: bytes, route: socket | None = None) -> 
                 return _dump(what, request, body, own)
         for _ in range(10):
             try:
-                return list(_ask(route, request, _NLM_F_DUMP, body))
+                return list(ask(route, request, _NLM_F_DUMP, body))
             except InterruptedError:
                 continue
     except OSError as error:
@@ -239,8 +264,11 @@ def _dump(what: str, request: int, body: bytes, route: socket | None = None) -> 
     raise VnetLockError(f"cannot read {what}: they change faster than they can be read; try again")
 
 
-def _ask(route: socket, request: int, flags: int, body: bytes) -> Iterator[bytes]:
-    """Send one request and yield the answers' bodies. OSError is the kernel's; InterruptedError: torn."""
+def ask(route: socket, request: int, flags: int, body: bytes) -> Iterator[bytes]:
+    """Send one request and yield the answers' bodies. OSError is the kernel's; InterruptedError: torn.
+
+    With NLM_F_ACK among the flags a change is answered, too.
+    """
     sequence = int.from_bytes(os.urandom(4), sys.byteorder)
     header = _HEADER.pack(_HEADER.size + len(body), request, _NLM_F_REQUEST | flags, sequence, 0)
     route.send(header + body)
@@ -298,19 +326,20 @@ def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _parse_link(message: bytes) -> tuple[int, dict[int, bytes]]:
-    _require(message, _IFINFO.size)
-    return _IFINFO.unpack_from(message)[2], dict(_attributes(message[_IFINFO.size :]))
+    _require(message, IFINFO.size)
+    return IFINFO.unpack_from(message)[2], dict(_attributes(message[IFINFO.size :]))
 
 
 def _ifinfo(family: int = 0) -> bytes:
-    return _IFINFO.pack(family, 0, 0, 0, 0)
+    return IFINFO.pack(family, 0, 0, 0, 0)
 
 
 def _ext_mask(mask: int) -> bytes:
-    return _pack(_IFLA_EXT_MASK, _U32.pack(mask | _RTEXT_FILTER_SKIP_STATS))
+    return pack(_IFLA_EXT_MASK, _U32.pack(mask | _RTEXT_FILTER_SKIP_STATS))
 
 
-def _pack(kind: int, value: bytes) -> bytes:
+def pack(kind: int, value: bytes) -> bytes:
+    """An attribute (struct nlattr), padded."""
     return _ATTRIBUTE.pack(_ATTRIBUTE.size + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 

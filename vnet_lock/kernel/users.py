@@ -45,6 +45,7 @@ def read_users(
     evidence.collect_elsewhere()
     evidence.collect_uppers()
     evidence.collect_addresses(addresses)
+    evidence.collect_routes(addresses)
     evidence.collect_sockets()
     evidence.resolve_holders()
     return {resource: tuple(users) for resource, users in evidence.users.items()}
@@ -144,6 +145,26 @@ class _Evidence:
             if nic.up and found:
                 how = f"address {', '.join(found)} on {nic.netdev}"
                 self._add(self._resource(nic), User(None, "host", how, UseKind.ADDRESS))
+
+    def collect_routes(self, addresses: Mapping[int, tuple[str, ...]]) -> None:
+        """Devices without an address that the host's IPv4 way out leads through.
+
+        An IPv6 one has an address, or nothing but link-local neighbours.
+        """
+        try:
+            with open(f"{self._settings.proc}/net/route", encoding="ascii") as file:
+                for line in file:
+                    # Iface Destination Gateway Flags RefCnt Use Metric Mask; the table is in the order of
+                    # destinations (fib_route_seq_start), and may be huge behind the default routes.
+                    words = line.split()
+                    if words[1] not in ("Destination", "00000000"):
+                        return
+                    nic = self._nics.get(words[0])
+                    if nic and not addresses.get(nic.ifindex):
+                        how = f"default route through {nic.netdev}"
+                        self._add(self._resource(nic), User(None, "host", how, UseKind.ADDRESS))
+        except (FileNotFoundError, PermissionError, NotADirectoryError):
+            return  # a kernel without IPv4, or a host that hides it
 
     def collect_sockets(self) -> None:
         """Packet sockets that are bound to a device (packet(7), proc(5))."""

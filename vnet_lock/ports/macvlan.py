@@ -9,6 +9,7 @@ from vnet_lock.model import Intent, Mode, Nic, PciAddress
 from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import open_macvlan, open_macvtap, random_mac
+from vnet_lock.ports.vlan import open_vlan, vlan_wanted, why_no_vlan
 
 _MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 
@@ -31,17 +32,25 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
             reason = "lo is no Ethernet device"
         elif not nic.up:
             reason = f"{nic.netdev} is down; run: ip link set {nic.netdev} up"
-        elif intent.vlan is not None:
-            reason = f"a macvlan has no VLAN of its own; make a VLAN device on {nic.netdev} and name that"
-        yield Candidate(nic.netdev, nic_wanted(situation.inventory, nic, Mode.SHARED), reason)
+        wanted = nic_wanted(situation.inventory, nic, Mode.SHARED)
+        if intent.vlan is not None:
+            wanted = vlan_wanted(situation.inventory, nic, intent.vlan)
+            reason = reason or why_no_vlan(situation, nic, intent.vlan)
+        yield Candidate(nic.netdev, wanted, reason)
 
 
 def open_port(job: Job) -> Opened:
     """Make the macvtap, or for a packet socket the macvlan."""
-    nic = next(nic for nic in job.inventory.nics if job.inventory.resource_of(nic) == job.device)
     combination = job.assignment.combination
     make = open_macvlan if combination and combination.backend.has_socket else open_macvtap
-    return make(job, nic.netdev, _MODES[job.intent.policy], job.intent.mac or random_mac())
+    return make(job, open_lower(job), _MODES[job.intent.policy], job.intent.mac or random_mac())
+
+
+def open_lower(job: Job) -> str:
+    """The name of the device that the macvlan stands on: the granted one, or the VLAN device on it."""
+    if job.intent.vlan is not None:
+        return open_vlan(job, job.intent.vlan)
+    return next(nic.netdev for nic in job.inventory.nics if job.inventory.resource_of(nic) == job.device)
 
 
 def find_nic(dev: str, situation: Situation) -> Nic | None:

@@ -69,6 +69,13 @@ def link_name(token: str) -> str:
     return f"vl{token[:12]}"
 
 
+def is_link_name(name: str) -> bool:
+    """Whether a link is one of ours that hasn't got the name yet that it is made for."""
+    import re
+
+    return re.fullmatch("vl[0-9a-f]{12}", name) is not None
+
+
 def random_mac() -> str:
     """A locally administered MAC under QEMU's and libvirt's usual prefix."""
     import os

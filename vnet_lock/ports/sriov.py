@@ -1,4 +1,4 @@
-"""A VF for one guest: whole through VFIO, or by a macvtap in passthru mode on its network device."""
+"""A VF for one guest: whole through VFIO, its network device alone, or a macvtap in passthru mode on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from vnet_lock.errors import Unsupported, Vanished, VnetLockError
 from vnet_lock.model import Intent, Inventory, Mode, PciAddress, Pf, Vf, Wanted
 from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
 from vnet_lock.ports import Job, Opened
+from vnet_lock.ports.eswitch import hold_mode
+from vnet_lock.ports.function import bind_to_vfio, find_function, require_group, why_not
+from vnet_lock.ports.hardware import open_hardware
 from vnet_lock.ports.macvtap import open_macvtap, random_mac
-
-_VFIO = "vfio-pci"
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
@@ -43,7 +44,7 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
 
 
 def open_port(job: Job) -> Opened:
-    """Set the VF up through its PF, and bind it to VFIO or put a macvtap on it."""
+    """Set the VF up through its PF, and bind it to VFIO, put a macvtap on it, or move its device away."""
     from vnet_lock.kernel.before import read_before
 
     vf = _vf(job.inventory, job.device.pci)
@@ -52,28 +53,26 @@ def open_port(job: Job) -> Opened:
         raise Unsupported(
             f"{name_of(vf.resource)}: its PF {vf.pf} has no network device here to set it up by"
         )
+    is_vfio = job.assignment.combination and job.assignment.combination.backend is Backend.VFIO
+    if is_vfio:
+        require_group(job, vf.pci)
+    hold_mode(job, pf)
     job.journal(read_before(job.settings, vf.pci))
-    if job.assignment.combination and job.assignment.combination.backend is Backend.VFIO:
+    if is_vfio:
         return _open_vfio(job, vf, pf.netdev)
-    return _open_tap(job, vf, pf.netdev)
+    return _open_netdev(job, vf, pf.netdev)
 
 
 def _open_vfio(job: Job, vf: Vf, pf_netdev: str) -> Opened:
-    from vnet_lock.kernel import netlink, pci
-    from vnet_lock.kernel.before import read_before
+    from vnet_lock.kernel import netlink
 
     mac = job.intent.mac or random_mac()
     netlink.set_vf(pf_netdev, vf.index, mac=mac, vlan=job.intent.vlan)
-    for item in job.assignment.wanted[1:]:
-        if item.resource.pci:
-            job.journal(read_before(job.settings, item.resource.pci))
-    for item in job.assignment.wanted:
-        if item.resource.pci:
-            pci.bind_driver(job.settings, item.resource.pci, _VFIO)
+    bind_to_vfio(job)
     return Opened(mac=mac, pci=vf.pci)
 
 
-def _open_tap(job: Job, vf: Vf, pf_netdev: str) -> Opened:
+def _open_netdev(job: Job, vf: Vf, pf_netdev: str) -> Opened:
     from vnet_lock.kernel import netlink
 
     nic = job.inventory.nic_named(vf.netdev) if vf.netdev else None
@@ -85,6 +84,8 @@ def _open_tap(job: Job, vf: Vf, pf_netdev: str) -> Opened:
         netlink.set_vf(pf_netdev, vf.index, vlan=job.intent.vlan)
     mac = job.intent.mac or nic.mac
     netdev = nic.netdev if mac == nic.mac else _set_mac(job, vf, nic.netdev, pf_netdev, mac)
+    if job.assignment.combination and job.assignment.combination.backend.has_socket:
+        return open_hardware(job, netdev, mac)
     netlink.set_link(netdev, addrgenmode="none", up=True)
     return open_macvtap(job, netdev, "passthru", mac)
 
@@ -115,28 +116,19 @@ def _candidate(vf: Vf, intent: Intent, backend: Backend, situation: Situation) -
     name = name_of(vf.resource)
     if backend is Backend.VFIO:
         wanted = function_wanted(situation.inventory, vf.pci)
-        if vf.iommu_group is None:
-            reason = f"{name} is in no IOMMU group"
+        reason = why_not(situation.inventory, vf.pci)
     elif vf.netdev is None and not situation.inventory.users_of(vf.resource):
         reason = f"{name} has no network device here (driver: {vf.driver or 'none'})"
-    if not reason and pf and intent.policy is Policy.VEPA and pf.eswitch != "vepa":
-        mode = f"is in {pf.eswitch} mode" if pf.eswitch else "has no mode that its driver could change"
-        reason = f"the embedded switch of {pf.netdev or pf.pci} {mode}"
-    elif not reason and pf and intent.policy is Policy.VEB and pf.eswitch == "vepa":
-        reason = f"the embedded switch of {pf.netdev or pf.pci} is in vepa mode"
+    if not reason and pf and intent.policy is Policy.VEPA and pf.eswitch is None:
+        driver = pf.driver or "its driver"
+        reason = f"the embedded switch of {pf.netdev or pf.pci} has no VEPA mode that {driver} could set"
     return Candidate(name, wanted, reason)
 
 
 def _find(dev: str, inventory: Inventory) -> Pf | Vf | None:
     """A PF or VF by its network device's name or its PCI address."""
-    nic = inventory.nic_named(dev)
-    pci = nic.pci if nic else None
-    if pci is None:
-        try:
-            pci = PciAddress.parse(dev)
-        except ValueError:
-            return None
-    return inventory.vf_at(pci) or inventory.pf_at(pci)
+    pci = find_function(dev, inventory)
+    return (inventory.vf_at(pci) or inventory.pf_at(pci)) if pci else None
 
 
 def _vf(inventory: Inventory, pci: PciAddress | None) -> Vf:
