@@ -7,6 +7,7 @@ import struct
 
 import pytest
 
+from vnet_lock.datapath import frames
 from vnet_lock.datapath.frames import (
     GSO_ECN,
     GSO_NONE,
@@ -16,7 +17,6 @@ from vnet_lock.datapath.frames import (
     NEEDS_CSUM,
     BadFrame,
     VnetHeader,
-    finish,
     ones_sum,
     tagged,
 )
@@ -27,6 +27,12 @@ SOURCE6, TARGET6 = bytes.fromhex("fd" + "00" * 14 + "01"), bytes.fromhex("fd" + 
 TCP, UDP, SCTP = 6, 17, 132
 # MSS 1460, SACK permitted, timestamps, no operation, window scale: what Linux opens a connection with.
 OPTIONS = bytes.fromhex("020405b40402080a0000000100000002" + "01030307")
+
+
+def finish(header: VnetHeader, frame: bytes) -> list[frames.Buffer]:
+    return list(frames.finish(header, frame))
+
+
 PLAIN = VnetHeader(0, GSO_NONE, 0, 0, 0, 0)
 
 # An IPv4 header with its checksum (b861), as Wikipedia's "Internet checksum" has it.

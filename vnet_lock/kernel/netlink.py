@@ -195,6 +195,11 @@ def set_link(
         _set(ifname, f"setting {ifname} up", _UP, flags=_IFF_UP, change=_IFF_UP)
 
 
+def move_link(ifname: str, namespace: int) -> None:
+    """Move a device, which goes down by that, to the network namespace that a descriptor is of."""
+    _set(ifname, f"moving {ifname} to a namespace of its own", _MOVE, net_ns_fd=namespace)
+
+
 def set_master(ifname: str, bridge: str | None) -> None:
     """Make a device a port of a bridge (or slave of a bond); None: of none."""
     if bridge is None:
@@ -333,6 +338,10 @@ _UP = {
     errno.EADDRINUSE: "another device on the same lower device has its MAC; see: ip -d link",
     errno.ENETDOWN: "its lower device is down; set that up first",
     errno.EBUSY: "its MAC is the lower device's own; give it another",
+}
+_MOVE = {
+    errno.EEXIST: "there is a device of that name already",
+    errno.EINVAL: "its driver keeps it where it is",
 }
 _MASTER = {
     errno.EBUSY: "it is a port of another bridge, or a macvtap stands on it; see: ip -d link",

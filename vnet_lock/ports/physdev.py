@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vnet_lock.combination import Backend
-from vnet_lock.errors import Unsupported, Vanished
-from vnet_lock.model import Intent, Pf
+from vnet_lock.errors import Vanished
+from vnet_lock.model import Intent, Mode, Nic, Pf, Wanted
 from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.function import bind_to_vfio, find_function, require_group, why_not
+from vnet_lock.ports.hardware import open_hardware
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
@@ -27,41 +28,50 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
             )
             continue
         name = pf.netdev or pf.pci.text
-        wanted = function_wanted(inventory, pf.pci) if backend is Backend.VFIO else ()
+        wanted = function_wanted(inventory, pf.pci)
+        if backend.has_socket:
+            wanted = (Wanted(pf.resource, Mode.EXCLUSIVE),)
         yield Candidate(name, wanted, _why_not(pf, intent, backend, situation))
 
 
 def open_port(job: Job) -> Opened:
-    """Give the function to VFIO."""
-    if not job.assignment.combination or job.assignment.combination.backend is not Backend.VFIO:
-        raise Unsupported(
-            f"{job.intent.interface}: {job.assignment.combination} is not built in this version"
-        )
-    return _open_vfio(job)
-
-
-def _open_vfio(job: Job) -> Opened:
+    """Give the function to VFIO, or its network device to a packet socket."""
     from vnet_lock.kernel.before import read_before
 
     pf = job.inventory.pf_at(job.device.pci) if job.device.pci else None
     if pf is None:
         raise Vanished(f"{name_of(job.device)} is gone; see: vnet-lock status")
-    require_group(job, pf.pci)
     nic = job.inventory.nic_named(pf.netdev) if pf.netdev else None
+    if job.assignment.combination and job.assignment.combination.backend.has_socket:
+        if nic is None:
+            raise Vanished(f"{name_of(pf.resource)} has lost its network device; see: vnet-lock status")
+        job.journal(read_before(job.settings, pf.pci))
+        return _open_socket(job, nic)
+    require_group(job, pf.pci)
     job.journal(read_before(job.settings, pf.pci))
     bind_to_vfio(job)
     return Opened(mac=nic.mac if nic else None, pci=pf.pci)
 
 
+def _open_socket(job: Job, nic: Nic) -> Opened:
+    from vnet_lock.kernel import netlink
+
+    mac = job.intent.mac or nic.mac
+    if mac != nic.mac:
+        netlink.set_link(nic.netdev, mac=mac)
+    return open_hardware(job, nic.netdev, mac)
+
+
 def _why_not(pf: Pf, intent: Intent, backend: Backend, situation: Situation) -> str:
     name = pf.netdev or pf.pci.text
-    if backend is not Backend.VFIO:
-        return "not built in this version"
+    if intent.vlan is not None:
+        return f"a whole NIC has no VLAN that the host could set; leave vlan={intent.vlan} to the guest"
+    if backend.has_socket:
+        has_users = bool(situation.inventory.users_of(pf.resource))
+        return "" if pf.netdev or has_users else f"{name} has no network device here (driver: {pf.driver})"
     nic = situation.inventory.nic_named(pf.netdev) if pf.netdev else None
     if pf.vfs:
         return f"{name} has {len(pf.vfs)} VFs, which would go with it; run: vnet-lock vfs {name} 0"
-    if intent.vlan is not None:
-        return f"a whole NIC has no VLAN that the host could set; leave vlan={intent.vlan} to the guest"
     if intent.mac is not None and nic is not None and intent.mac != nic.mac:
         return f"{name} keeps its own MAC ({nic.mac}) in the guest; leave mac= away"
     return why_not(situation.inventory, pf.pci)

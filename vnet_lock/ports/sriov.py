@@ -1,4 +1,4 @@
-"""A VF for one guest: whole through VFIO, or by a macvtap in passthru mode on its network device."""
+"""A VF for one guest: whole through VFIO, its network device alone, or a macvtap in passthru mode on it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.eswitch import hold_mode
 from vnet_lock.ports.function import bind_to_vfio, find_function, require_group, why_not
+from vnet_lock.ports.hardware import open_hardware
 from vnet_lock.ports.macvtap import open_macvtap, random_mac
 
 
@@ -43,7 +44,7 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
 
 
 def open_port(job: Job) -> Opened:
-    """Set the VF up through its PF, and bind it to VFIO or put a macvtap on it."""
+    """Set the VF up through its PF, and bind it to VFIO, put a macvtap on it, or move its device away."""
     from vnet_lock.kernel.before import read_before
 
     vf = _vf(job.inventory, job.device.pci)
@@ -59,7 +60,7 @@ def open_port(job: Job) -> Opened:
     job.journal(read_before(job.settings, vf.pci))
     if is_vfio:
         return _open_vfio(job, vf, pf.netdev)
-    return _open_tap(job, vf, pf.netdev)
+    return _open_netdev(job, vf, pf.netdev)
 
 
 def _open_vfio(job: Job, vf: Vf, pf_netdev: str) -> Opened:
@@ -71,7 +72,7 @@ def _open_vfio(job: Job, vf: Vf, pf_netdev: str) -> Opened:
     return Opened(mac=mac, pci=vf.pci)
 
 
-def _open_tap(job: Job, vf: Vf, pf_netdev: str) -> Opened:
+def _open_netdev(job: Job, vf: Vf, pf_netdev: str) -> Opened:
     from vnet_lock.kernel import netlink
 
     nic = job.inventory.nic_named(vf.netdev) if vf.netdev else None
@@ -83,6 +84,8 @@ def _open_tap(job: Job, vf: Vf, pf_netdev: str) -> Opened:
         netlink.set_vf(pf_netdev, vf.index, vlan=job.intent.vlan)
     mac = job.intent.mac or nic.mac
     netdev = nic.netdev if mac == nic.mac else _set_mac(job, vf, nic.netdev, pf_netdev, mac)
+    if job.assignment.combination and job.assignment.combination.backend.has_socket:
+        return open_hardware(job, netdev, mac)
     netlink.set_link(netdev, addrgenmode="none", up=True)
     return open_macvtap(job, netdev, "passthru", mac)
 
