@@ -102,8 +102,9 @@ class Neighbour:
         nic = f"$(grep -l {case.mac(self.host)} /sys/class/net/*/address | cut -d/ -f5)"
         if one.policy is Policy.ROUTE:
             self.run(
-                f"ip address add {wire.address(self.host)}/32 dev {nic}; ip route add {GATEWAY} dev {nic};"
-                f" ip route add {wire.peer} via {GATEWAY} dev {nic}"
+                f"ip address add {wire.address(self.host)}/32 dev {nic};"
+                # Each of its networks has the same gateway.
+                f" ip route add {wire.peer} via {GATEWAY} dev {nic} onlink"
             )
         elif one.policy is Policy.NAT:
             address, gateway = _nat_network(case, self.host)
