@@ -46,6 +46,19 @@ class Case:
     combination: Combination
     wire: Wire
 
+    @property
+    def text(self) -> str:
+        """For a test's name."""
+        return self.combination.text
+
+    def face(self, host: int) -> None:
+        """Before anything between a guest and the far end: on a wire all see each other."""
+
+    def more(self, host: int) -> list[str]:
+        """Further keys for one of the guests."""
+        del host
+        return []
+
     def mac(self, host: int) -> str:
         """The MAC of a guest's device; ``host`` is 2 or 3, the last part of its addresses."""
         return f"52:54:00:09:{self.wire.number:02x}:{host:02x}"
@@ -54,7 +67,7 @@ class Case:
         """The words for vnet-qemu."""
         one = self.combination
         words = [f"host,id=n{self.wire.number},mode={one.policy},port={one.port}"]
-        words.append(f"protocols={PROTOCOLS[one.backend]}")
+        words += [f"protocols={PROTOCOLS[one.backend]}", *self.more(host)]
         words += {
             Policy.NAT: [] if one.port is Port.SOCKET else [f"dev={self.wire.dev}"],
             Policy.ROUTE: [f"dev={self.wire.dev}", f"ip={self.wire.address(host)}"],
@@ -195,6 +208,7 @@ def start_pair(guests: Guests, outside: Outside, cases: dict[Combination, Case])
 def _show_peer(pair: Pair, case: Case) -> None:
     """Each guest reaches the far end under its own address, and the far end reaches each guest."""
     for neighbour in pair.both():
+        case.face(neighbour.host)
         assert neighbour.ping(case.wire.peer) == _ALL, f"guest {neighbour.host} doesn't reach the far end"
         own = case.wire.address(neighbour.host)
         assert neighbour.seen_as(case.wire) == own

@@ -97,6 +97,9 @@ class Vm:
             "--qemu-opts=-machine q35 -cpu max,+svm -device intel-iommu,intremap=on,caching-mode=on",
             "--qemu-opts=-device pcie-root-port,id=rp0,chassis=1,slot=1",
             f"--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev {self.cable},id=cable",
+            # A NIC without SR-IOV, for a guest that takes a whole one.
+            "--qemu-opts=-device pcie-root-port,id=rp1,chassis=2,slot=2",
+            "--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev user,id=plain",
             # The root once more, for the inside script to mount with a cache: vng's own has none.
             "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
             "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",

@@ -131,11 +131,6 @@ def add_veth(name: str, peer: str, alias: str) -> None:
     _finish(name, alias, addrgenmode="none")
 
 
-def move_link(ifname: str, namespace: int) -> None:
-    """Move a device into the namespace that a descriptor is of; it is down there, without its addresses."""
-    _set(ifname, f"moving {ifname} into a namespace of its own", {}, net_ns_fd=namespace)
-
-
 def add_vlan(name: str, lower: str, vlan: int, alias: str) -> None:
     """Make an 802.1Q VLAN device with an ifalias: down, without IPv6 addresses of its own."""
     index = _index(lower)

@@ -1,4 +1,4 @@
-"""Moves the network device of hardware to a namespace that nobody else sees, for a guest on a packet socket."""
+"""Moves hardware's network device to a namespace that nobody else sees, for a guest on a packet socket."""
 
 from __future__ import annotations
 
