@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_plan_arguments(add("plan", "what a guest would get, and why not something better; changes nothing"))
 
+    verb = add("matrix", "every combination of policy, port and backend: ready, or why not here")
+    verb.add_argument("--dev", action="append", help="only on this device; again for more")
+    _add_json(verb)
+
     verb = add("claim", "claim a resource for a process, for as long as it lives")
     _add_resource(verb)
     verb.add_argument("--pid", type=_positive, required=True, help="the process that uses it")

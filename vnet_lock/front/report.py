@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from vnet_lock.audit import Audit, Finding, ResourceState, Severity, Standing
 from vnet_lock.front.report_json import asked_text
@@ -11,6 +12,9 @@ from vnet_lock.journal import to_json
 from vnet_lock.model import Claim, Pf, Plan, Refusal, Rejection, Resource, ResourceKind, Vf
 from vnet_lock.planning import name_of
 from vnet_lock.rules import since_text
+
+if TYPE_CHECKING:
+    from vnet_lock.matrix import Verdict
 
 _BOLD, _RED, _YELLOW, _OFF = "\033[1m", "\033[31m", "\033[33m", "\033[0m"
 _COLOURS = {
@@ -88,6 +92,19 @@ def plan_text(found: Plan | Refusal) -> str:
             lines += [f"  with {item.resource} ({item.mode})" for item in one.wanted[1:]]
             lines += _rejected_lines(one.rejected)
     return "\n".join(map(_clean, lines))
+
+
+def matrix_text(verdicts: Sequence[Verdict]) -> str:
+    """A line for each combination: its name, then ``ready`` and the device, or why not here."""
+    width = max(len(one.combination.text) for one in verdicts)
+    ready = sum(one.is_ready for one in verdicts)
+    lines = []
+    for one in verdicts:
+        said = (
+            f"ready{f'  {one.device}' if one.device else ''}" if one.is_ready else f"not here: {one.reason}"
+        )
+        lines.append(f"{one.combination.text.ljust(width)}  {said}")
+    return "\n".join(map(_clean, [*lines, f"{ready} of {len(verdicts)} combinations are ready"]))
 
 
 def vfs_text(audit: Audit, pf: Pf, style: Style = PLAIN) -> str:

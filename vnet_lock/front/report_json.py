@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from vnet_lock.audit import Audit, Finding
 from vnet_lock.journal import to_json
 from vnet_lock.model import Assignment, Claim, Intent, Plan, Refusal, Rejection, Request, Resource, User, Vf
+
+if TYPE_CHECKING:
+    from vnet_lock.matrix import Verdict
 
 VERSION = 1
 
@@ -83,6 +87,22 @@ def plan_json(found: Plan | Refusal) -> dict[str, Any]:
             "message": found.message,
             "rejected": [_rejection(one) for one in found.rejected],
         },
+    }
+
+
+def matrix_json(verdicts: Iterable[Verdict]) -> dict[str, Any]:
+    """The whole of ``matrix --json``; ``device`` is null for a user network, ``reason`` where it is ready."""
+    return {
+        "version": VERSION,
+        "combinations": [
+            {
+                "combination": one.combination.text,
+                "ready": one.is_ready,
+                "device": one.device or None,
+                "reason": one.reason or None,
+            }
+            for one in verdicts
+        ],
     }
 
 

@@ -90,6 +90,15 @@ def plan(settings: Settings, args: Namespace) -> int:
     return codes[found.kind]
 
 
+def matrix(settings: Settings, args: Namespace) -> int:
+    """Every combination: ready, or why not here."""
+    from vnet_lock.matrix import read_matrix
+
+    verdicts = read_matrix(settings, args.dev or ())
+    print(_dumps(report_json.matrix_json(verdicts)) if args.json else report.matrix_text(verdicts))
+    return 0
+
+
 def claim(settings: Settings, args: Namespace) -> int:
     """Claim for another process."""
     from vnet_lock.kernel.processes import read_boot_id, read_command, read_process

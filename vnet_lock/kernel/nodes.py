@@ -41,6 +41,16 @@ def open_macvtap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
         return _open_queues(node, ifname, queues)
 
 
+def try_node(settings: Settings) -> None:
+    """Make, open and remove a node of our own, for the null device (mem(4)); raises as open_macvtap does."""
+    null = os.makedev(1, 3)
+    try:
+        with _private_node(settings, "null", null) as node:
+            os.close(os.open(node, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        raise _explain(error, "null", 1) from error
+
+
 def remove_nodes(settings: Settings, ifname: str) -> None:
     """Remove the nodes of our own for a macvtap that is gone: who was killed while he opened it left one."""
     for name in list_names(settings.dev):
