@@ -18,7 +18,7 @@ from vnet_lock.front.cli import main
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-VERBS = ("status", "show", "plan", "claim", "release", "gc", "vfs", "hooks")
+VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "vfs", "hooks")
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
