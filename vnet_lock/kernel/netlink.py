@@ -166,6 +166,17 @@ def set_vf(
         _set(pf_netdev, f"setting VF {index} of {pf_netdev} to {words}", _VF, vf={"vf": index, **setting})
 
 
+def read_macvtap_mode(name: str) -> str:
+    """The mode of a macvtap: ``bridge``, ``vepa``, ``private`` or ``passthru``; Vanished where it is none."""
+    index = _index(name)
+    with _route() as route, _explained(f"reading {name}", name, {}):
+        link = route.link("get", index=index)[0]
+    mode = link.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA", "IFLA_MACVTAP_MODE")
+    if mode not in _MODES:
+        raise Vanished(f"{name} is no macvtap (any more); see: ip -d link show {name}")
+    return str(mode)
+
+
 def remove_link(name: str, alias: str) -> bool:
     """Remove the device that has this name or, renamed since, this ifalias; False where there is none."""
     removed = False
