@@ -63,6 +63,10 @@ def rebuilt(line: str, **more: object) -> tuple[str, str]:
             "-chardev socket,id=c,path=/x,logfile=/var/log/web1.log,logappend=on",
         ),
         (
+            "-add-fd set=0,fd=31 -chardev socket,id=c,path=/x,logfile=/dev/fdset/0,logappend=on",
+            "-chardev socket,id=c,path=/x,logfile=web1-c.log,logappend=on",
+        ),
+        (
             """-object '{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/v/master-key.aes"}'""",
             "",
         ),

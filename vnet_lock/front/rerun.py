@@ -101,8 +101,9 @@ def rebuild(argv: list[str], running: Running) -> Script:
             script.options.append(_function(option, own, running, script))
         elif name == "chardev" and own.get("id") in ours:
             continue  # the way to our own vhost-user back-end, which is made anew
-        elif name == "chardev" and own.get("fd") is not None:
-            script.options.append(("-chardev", _monitor(own, running, script).text))
+        elif name == "chardev":
+            own = _with_own_socket(_with_own_log(own, files, running, script), running, script)
+            script.options.append(("-chardev", _with_paths(own.text, files, script)))
         elif name == "object" and own.get("id") == "masterKey0":
             script.remarks.append("-object secret masterKey0 is left out: libvirt removes it with the guest")
         else:
@@ -182,12 +183,30 @@ def _function(option: Option, own: Properties, running: Running, script: Script)
 # --- what else a manager hands over ---------------------------------------------------------------
 
 
-def _monitor(own: Properties, running: Running, script: Script) -> Properties:
+def _with_own_socket(own: Properties, running: Running, script: Script) -> Properties:
     """A socket that was handed over open becomes one with a path in the current directory."""
-    path = f"{re.sub(r'[^A-Za-z0-9._-]', '_', running.name)}-{own.get('id')}.sock"
+    if own.get("fd") is None:
+        return own
+    path = _own_path(running, own, "sock")
     script.remarks.append(f"-chardev {own.get('id')}: its manager had the socket; now it is ./{path}")
     kept = tuple(item for item in own.items if item[0] != "fd")
     return Properties((*kept, ("path", path)), own.is_json)
+
+
+def _with_own_log(own: Properties, files: Mapping[str, str], running: Running, script: Script) -> Properties:
+    """A log that was written through libvirt's virtlogd becomes a file in the current directory."""
+    match = _FDSET.fullmatch(own.get("logfile") or "")
+    if match is None or match[1] in files:
+        return own
+    path = _own_path(running, own, "log")
+    script.remarks.append(f"-chardev {own.get('id')}: virtlogd had its log; now it is ./{path}")
+    return Properties(
+        tuple((key, path if key == "logfile" else value) for key, value in own.items), own.is_json
+    )
+
+
+def _own_path(running: Running, own: Properties, suffix: str) -> str:
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', running.name)}-{own.get('id')}.{suffix}"
 
 
 def _fdsets(
