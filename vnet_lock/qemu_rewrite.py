@@ -19,6 +19,8 @@ from vnet_lock.qemu_words import NETWORKS, Option, Properties
 _PCI_KEYS = (
     *("id", "bus", "addr", "busnr", "bootindex", "multifunction", "acpi-index", "rombar", "failover_pair_id"),
 )
+# Those of them, and of a NIC's, that JSON has as numbers.
+_NUMBERS = ("bootindex", "vectors", "acpi-index", "rombar")
 _IOMMUFD = "vnet-iommufd"
 # Networks that -net doesn't know: they are -netdev always, and the NIC of -net is put on them by their id.
 _NETDEV_ONLY = (Backend.SOCKET, Backend.SOCKET_VHOST, Backend.PASST)
@@ -77,7 +79,8 @@ def rewrite(argv: QemuArgv, connections: Mapping[str, Connected], dialect: Diale
         made.setdefault(host.at, [])
         if connection.combination.backend is Backend.VFIO:
             at = host.nic.at if host.nic else host.at
-            made.setdefault(at, []).extend(["-device", _vfio_device(host, connection, modern).text])
+            device = _vfio_device(host, connection, modern)
+            made.setdefault(at, []).extend(["-device", _after_buses(argv, device).text])
             continue
         word = argv.options[host.at].words[0]
         nic = host.nic
@@ -90,7 +93,9 @@ def rewrite(argv: QemuArgv, connections: Mapping[str, Connected], dialect: Diale
         made[host.at].extend([word, network(host.intent, connection).text])
         if nic:
             name = "-device" if nic.at == host.at else argv.options[nic.at].words[0]
-            made.setdefault(nic.at, []).extend([name, _device(nic, host.intent, connection).text])
+            device = _device(nic, host.intent, connection)
+            device = _after_buses(argv, device) if name == "-device" else device
+            made.setdefault(nic.at, []).extend([name, device.text])
     left = {option.name for at, option in enumerate(argv.options) if at not in made}
     left |= {Option((word,)).name for words in made.values() for word in words[::2]}
     if argv.hosts and not left & {*NETWORKS, "nodefaults"}:
@@ -146,6 +151,17 @@ def _on_netdev(host: Host) -> Nic | None:
         return None
     nic = host.nic
     return Nic(nic.at, nic.driver, nic.properties.having("netdev", host.intent.interface), nic.mac_key)
+
+
+def _after_buses(argv: QemuArgv, device: Properties) -> Properties:
+    """A device as JSON where others are: QEMU makes those last, and with them the bus that this one may name.
+
+    (qemu_create_cli_devices, system/vl.c)
+    """
+    if device.is_json or not any(one.name == "device" and one.value.startswith("{") for one in argv.options):
+        return device
+    items = ((key, int(value) if key in _NUMBERS else value) for key, value in device.items)
+    return Properties(tuple(items), is_json=True)
 
 
 def _device(nic: Nic, intent: Intent, connection: Connected) -> Properties:

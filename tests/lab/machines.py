@@ -204,6 +204,22 @@ class Guests:
         self._plain.append(made)
         return made
 
+    def program(self, name: str, argv: Sequence[str], console: Path) -> PlainGuest:
+        """Start a program that runs a guest whose console is known, in the console's directory."""
+        output = self.directory / f"{name}.out"
+        with output.open("wb") as sink:
+            process = subprocess.Popen(
+                [*argv],
+                cwd=console.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        made = PlainGuest(name, process, Console(console, lambda: process.poll() is None), output)
+        self._plain.append(made)
+        return made
+
     def daemonized(self, pid: int) -> int:
         """Take care of a QEMU that left its session (``-daemonize``); returns its pid."""
         self._daemons.append(pid)

@@ -410,3 +410,16 @@ def test_memory_that_cannot_be_shared_is_refused_only_where_it_has_to_be():
 )
 def test_the_user_that_qemu_becomes_is_known(line, user):
     assert read_argv(line.split()).run_as == user
+
+
+def test_a_device_beside_json_devices_is_json_and_is_made_after_their_buses():
+    bus = '{"driver":"pcie-root-port","id":"pci.1"}'
+    argv = read_argv(["-device", bus, "-nic", "host,mode=veb,dev=eth0,bus=pci.1,addr=0x0,bootindex=1"])
+    (intent,) = argv.intents
+    made = rewrite(argv, {intent.interface: VFIO})
+    assert made[-1] == (
+        '{"driver":"vfio-pci","host":"0000:01:10.0","bus":"pci.1","addr":"0x0","bootindex":1}'
+    )
+    assert '"netdev":"host0","addr":"0x0","bus":"pci.1","bootindex":1' in rewrite(
+        argv, {intent.interface: TAP}
+    )[-1].replace('"bus":"pci.1","addr":"0x0"', '"addr":"0x0","bus":"pci.1"')

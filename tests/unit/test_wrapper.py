@@ -468,7 +468,7 @@ def test_print_raises_what_running_would(kind, error):
         show(Planner(refusal), *HOST)
 
 
-@pytest.mark.parametrize("words", [["guest.xml"], ["--name", "a", "dir/guest.xml"], ["--from-pid", "1"]])
+@pytest.mark.parametrize("words", [["guest.xml"], ["--name", "a", "dir/guest.xml"]])
 def test_what_this_version_cannot_run_is_said_at_once(words):
     with pytest.raises(Unsupported, match="this version"):
         wrapper.parse(words)
@@ -498,3 +498,18 @@ def test_where_a_stream_is_closed_no_descriptor_of_ours_takes_its_place(run, clo
     streams = read_text(run.folder / "streams").splitlines()
     assert len(streams) == 3
     assert streams.count("/dev/null") >= closed.count("&-")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--from-pid"], "--from-pid takes the pid"),
+        (["--from-pid", "x"], "--from-pid takes the pid"),
+        (["--from-pid=1", "-m", "1"], "--from-pid takes the pid"),
+        (["--from-pid", str(os.getpid())], "is no QEMU"),
+        (["--from-pid", "4194305"], "there is no process 4194305"),
+    ],
+)
+def test_what_is_no_running_qemu_is_bad_input(words, message):
+    with pytest.raises(BadInput, match=message):
+        wrapper.run(words, DEFAULT, lambda: None, lambda: None)

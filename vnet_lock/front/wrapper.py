@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _USAGE = """\
 usage: vnet-qemu [--print] [--name NAME] [--] [PROGRAM] QEMU-ARGUMENTS...
+       vnet-qemu --from-pid PID
 
 Runs QEMU with its host networks opened, and claimed for as long as it runs:
 
@@ -42,6 +43,7 @@ PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.
 
   --print      show the resulting command and change nothing
   --name NAME  the guest's name in vnet-lock status; without it, that of QEMU's -name
+  --from-pid PID  show a running guest's command line as one that a person can run, libvirt's guests too
   --help, --version
 
 Exit status: QEMU's own; before it runs, 1 failed, 2 bad usage or input, 4 refused: held by another,
@@ -137,6 +139,11 @@ def run(
 
         print(f"vnet-qemu {version('vnet-lock')}")
         return 0
+    if args[0].partition("=")[0] == "--from-pid":
+        from vnet_lock.front.running import rerun  # what it takes to read a process, and pyroute2
+
+        print(rerun(settings, _read_pid(args)))
+        return 0
     command = parse(args)
     argv = read_argv(command.args)
     if command.print_only:
@@ -149,6 +156,14 @@ def run(
     if not argv.hosts:
         _become_plain(guest)
     return run_guest(settings, guest, open_session)
+
+
+def _read_pid(args: Sequence[str]) -> int:
+    """The PID of ``--from-pid PID`` or ``--from-pid=PID``, which stands alone."""
+    words = args[0].split("=", 1)[1:] + list(args[1:])
+    if len(words) != 1 or not (words[0].isascii() and words[0].isdecimal()):
+        raise BadInput("--from-pid takes the pid of a running QEMU, and nothing else; see: vnet-qemu --help")
+    return int(words[0])
 
 
 def _become_plain(guest: Guest) -> NoReturn:
@@ -175,7 +190,7 @@ def parse(args: Sequence[str]) -> Command:
             break
     if not rest:
         raise BadInput("what is to be run? See: vnet-qemu --help")
-    if rest[0].endswith(".xml") or rest[0].split("=")[0] == "--from-pid":
+    if rest[0].endswith(".xml"):
         raise Unsupported(f"{rest[0]}: this version runs QEMU command lines only; see: vnet-qemu --help")
     program = _default_program() if rest[0].startswith("-") else rest.pop(0)
     return Command(program, tuple(rest), name, print_only)

@@ -273,6 +273,17 @@ def set_eswitch_mode(pf_netdev: str, mode: str) -> None:
         list(rtnetlink.ask(route, _RTM_SETLINK, _NLM_F_ACK, body))
 
 
+def read_macvtap_mode(name: str) -> str:
+    """The mode of a macvtap: ``bridge``, ``vepa``, ``private`` or ``passthru``; Vanished where it is none."""
+    index = _index(name)
+    with _route() as route, _explained(f"reading {name}", name, {}):
+        link = route.link("get", index=index)[0]
+    mode = link.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA", "IFLA_MACVTAP_MODE")
+    if mode not in _MODES:
+        raise Vanished(f"{name} is no macvtap (any more); see: ip -d link show {name}")
+    return str(mode)
+
+
 def remove_link(name: str, alias: str) -> bool:
     """Remove the device that has this name or, renamed since, this ifalias; False where there is none."""
     removed = False
