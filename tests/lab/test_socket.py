@@ -16,19 +16,38 @@ BUSY_S = 600
 MAC = "52:54:00:00:55:01"
 
 
-def start(guests: Guests, name: str, words: str, model: str = "virtio-net-pci", **more: str) -> PlainGuest:
+def start(
+    guests: Guests, name: str, words: str, *more: str, model: str = "virtio-net-pci", **kernel: str
+) -> PlainGuest:
     devices = [
         "-netdev",
         f"host,id=net0,protocols=socket,{words}",
         "-device",
         f"{model},netdev=net0,romfile=",
     ]
-    return guests.qemu(name, devices, program=["vnet-qemu"], **more)
+    return guests.qemu(name, [*devices, *more], program=["vnet-qemu"], **kernel)
 
 
-def relay_of(guest: PlainGuest) -> int:
-    """The pid of the relay: the only process of ours that is nobody's."""
-    del guest
+def start_still(guests: Guests, name: str, words: str) -> PlainGuest:
+    """A QEMU whose guest stands still, once it and its relay are there."""
+    made = start(guests, name, words, "-S")
+    wait_until(lambda: made.process.poll() is not None or is_qemu(made), f"{name} is QEMU", BUSY_S)
+    assert made.process.poll() is None, made.said
+    return made
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_qemu(made: PlainGuest) -> bool:
+    return any(
+        Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system") for pid in children_of(made.pid)
+    )
+
+
+def relay() -> int:
+    """The pid of the only relay."""
     (found,) = [
         int(path.parent.name)
         for path in Path("/proc").glob("[0-9]*/cmdline")
@@ -37,15 +56,13 @@ def relay_of(guest: PlainGuest) -> int:
     return found
 
 
-def kill_all(guest: PlainGuest) -> None:
-    """The wrapper, QEMU and the relay, each before the others could see to anything."""
-    children = Path(f"/proc/{guest.pid}/task/{guest.pid}/children").read_text().split()
-    pids = [guest.pid, *map(int, children), relay_of(guest)]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    guest.wait(60)
+def kill_all(made: PlainGuest) -> None:
+    """The wrapper, QEMU and the relay, none of which can see to anything before its end."""
+    pids = [made.pid, *children_of(made.pid), relay()]
+    for sign in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            os.kill(pid, sign)
+    made.wait(60)
 
 
 @pytest.mark.parametrize("model", ["e1000e", "virtio-net-pci"])
@@ -55,9 +72,8 @@ def test_a_guest_has_a_vfs_device_alone_and_gives_it_back_as_it_was(
     lab.set_address(f"{HOST}/24")
     vf = lab.set_numvfs(2)[0]
     before = appearance(lab, 0)
-    made = start(
-        guests, "sock", f"mode=veb,port=sriov,dev={vf.netdev},mac={MAC}", model, ip="10.7.0.2/24", ping=HOST
-    )
+    words = f"mode=veb,port=sriov,dev={vf.netdev},mac={MAC}"
+    made = start(guests, "sock", words, model=model, ip="10.7.0.2/24", ping=HOST)
     assert made.console.ready(BUSY_S)["ping"] == "3/3"
     assert vf.netdev is None
     assert owner_of(vf) == "sock"
@@ -71,8 +87,7 @@ def test_a_guest_has_a_vfs_device_alone_and_gives_it_back_as_it_was(
 def test_a_vf_comes_back_after_everything_was_killed(lab: Nic, guests: Guests) -> None:
     vf = lab.set_numvfs(1)[0]
     before = appearance(lab, 0)
-    made = start(guests, "killed", f"mode=veb,port=sriov,dev={vf.netdev},mac={MAC},vlan=42")
-    made.console.ready(BUSY_S)
+    made = start_still(guests, "killed", f"mode=veb,port=sriov,dev={vf.netdev},mac={MAC},vlan=42")
     assert lab.admin(0)["vlan"] == 42
     kill_all(made)
     wait_until(lambda: vf.netdev, "the VF's device is back")
@@ -83,16 +98,14 @@ def test_a_vf_comes_back_after_everything_was_killed(lab: Nic, guests: Guests) -
 
 def test_a_guest_has_the_whole_nic_and_the_host_gets_it_back(lab: Nic, guests: Guests) -> None:
     looks = describe(lab.pf)
-    made = start(guests, "whole", f"mode=private,port=physdev,dev={lab.pf},mac={MAC}")
-    made.console.ready(BUSY_S)
+    made = start_still(guests, "whole", f"mode=private,port=physdev,dev={lab.pf},mac={MAC}")
     assert not Path(f"/sys/class/net/{lab.pf}").exists()
     assert vnet_lock("vfs", lab.pci, "2").returncode == 4
     kill_all(made)
     wait_until(lambda: lab.function.netdev, "the NIC's device is back")
     assert vnet_lock("gc").returncode == 0
     assert describe(lab.pf) == looks
-    again = start(guests, "again", f"mode=private,port=physdev,dev={lab.pf}")
-    again.console.ready(BUSY_S)
+    again = start_still(guests, "again", f"mode=private,port=physdev,dev={lab.pf}")
     again.kill(signal.SIGTERM)
     again.wait(120)
     assert describe(lab.pf) == looks
@@ -105,8 +118,7 @@ def test_a_whole_nic_is_refused_while_the_host_or_a_guest_uses_it(lab: Nic, gues
     assert f"address {HOST}" in made.said
     run("ip", "address", "flush", "dev", lab.pf)
     vf = lab.set_numvfs(1)[0]
-    first = start(guests, "first", f"mode=veb,port=sriov,dev={vf.netdev}")
-    wait_until(lambda: owner_of(vf) == "first" and vf.netdev is None, "the first guest has its VF")
+    first = start_still(guests, "first", f"mode=veb,port=sriov,dev={vf.netdev}")
     second = start(guests, "second", f"mode=private,port=physdev,dev={lab.pf}")
     assert second.wait(120) == 4
     assert '"first"' in second.said
