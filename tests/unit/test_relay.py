@@ -6,11 +6,14 @@ import socket
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from vnet_lock.backends import socket as backend
 from vnet_lock.datapath.batch import Batch
 from vnet_lock.datapath.relay import _HEADER, GuestGone, ToGuest, Way, _read_tag
+from vnet_lock.settings import Settings
 
 Ends = tuple[socket.socket, socket.socket]
 SOL_PACKET, AUXDATA = 263, 8
@@ -116,3 +119,11 @@ def auxdata(status: int, tci: int, tpid: int, *, kind: int = AUXDATA) -> bytes:
 )
 def test_the_tag_is_what_the_auxiliary_data_says(control: bytes, tag: tuple[int, int] | None) -> None:
     assert _read_tag(control) == tag
+
+
+def test_a_kernel_without_packet_sockets_is_told_what_to_load(tmp_path: Path) -> None:
+    settings = Settings.under(tmp_path)
+    assert backend.missing(settings) == "this kernel has no packet sockets; run: modprobe af_packet"
+    (tmp_path / "proc/net").mkdir(parents=True)
+    (tmp_path / "proc/net/packet").touch()
+    assert backend.missing(settings) == ""
