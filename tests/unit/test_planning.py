@@ -447,6 +447,28 @@ def test_a_whole_nic_that_cannot_be_given_says_why(more: dict[str, object], word
     assert words in refused(decide(inventory, replace(WHOLE, **more)), RefusalKind.IMPOSSIBLE)
 
 
+SOCKET = replace(WHOLE, backends=(Backend.SOCKET,))
+
+
+def test_a_packet_socket_takes_the_whole_nic_alone_whatever_its_iommu_group() -> None:
+    second = replace(pf(PciAddress.parse("0000:01:00.1"), "enp2", 0), iommu_group=199)
+    loose = replace(pf(PciAddress.parse("0000:03:00.0"), "enp3", 0), iommu_group=None)
+    inventory = replace(host(pf(PF_A, "enp1", 2), second, loose), iommu_groups={199: (PF_A, second.pci)})
+    assert claims_of(decide(inventory, SOCKET)) == [("pf:0000:01:00.0", Mode.EXCLUSIVE)]
+    # Its MAC may be the guest's choice: no driver of the guest's has to agree.
+    chosen = replace(SOCKET, devs=("enp3",), mac="52:54:00:00:00:09")
+    assert claims_of(decide(inventory, chosen)) == [("pf:0000:03:00.0", Mode.EXCLUSIVE)]
+
+
+def test_a_packet_socket_gets_no_nic_that_somebody_has() -> None:
+    inventory = host(pf(PF_A, "enp1", 2))
+    holder = claim(DB, inventory.pfs[0].vfs[0].resource, PF_A)
+    assert "db" in refused(decide(inventory, SOCKET, claims=(holder,)))
+    away = host(replace(pf(PF_A, "enp1", 0), netdev=None, driver="igb"))
+    message = refused(decide(away, replace(SOCKET, devs=(PF_A.text,))), RefusalKind.IMPOSSIBLE)
+    assert "has no network device here (driver: igb)" in message
+
+
 VLAN = replace(VEPA, vlan=42, ports=(Port.MACVLAN,))
 
 

@@ -15,6 +15,10 @@ from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
 from vnet_lock.settings import Settings
 
+# Some hundred frames, which the kernel counts with its own overhead; more would make a slow guest's network
+# slow to answer, too.
+_BUFFER = 1 << 20
+
 
 def missing(settings: Settings) -> str:
     """Whether the kernel has packet sockets."""
@@ -34,7 +38,9 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
     netdev, is_promiscuous = opened.netdev, combination.port is not Port.MACVLAN
     (device,) = netns.call_in(
         opened.netns,
-        lambda: packet.open_queues(netdev, has_header=True, has_auxdata=True, is_promiscuous=is_promiscuous),
+        lambda: packet.open_queues(
+            netdev, has_header=True, has_auxdata=True, is_promiscuous=is_promiscuous, buffer=_BUFFER
+        ),
     )
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with device, ours, theirs:

@@ -23,12 +23,13 @@ def open_queues(
     has_header: bool = False,
     has_auxdata: bool = False,
     is_promiscuous: bool = True,
+    buffer: int = _BUFFER,
 ) -> list[socket.socket]:
     """So many sockets on one device, which see all packets to it and none of their own.
 
     With ``has_header`` a virtio_net_hdr of 10 bytes is before each frame, both ways; with ``has_auxdata``
     each comes with a tpacket_auxdata, where its VLAN tag is. A macvlan gets no more by being promiscuous, but
-    the device below it is so, too, then. What there is no room for (4 MiB) is dropped.
+    the device below it is so, too, then. What there is no room for in ``buffer`` bytes is dropped.
     """
     opened: list[socket.socket] = []
     try:
@@ -40,7 +41,7 @@ def open_queues(
             if is_promiscuous:
                 membership = struct.pack("=IHH8s", socket.if_nametoindex(netdev), _MR_PROMISC, 0, b"")
                 one.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
-            _bind(one, netdev)
+            _bind(one, netdev, buffer)
     except OSError as error:
         for one in opened:
             one.close()
@@ -53,8 +54,8 @@ def open_queues(
     return opened
 
 
-def _bind(one: socket.socket, netdev: str) -> None:
+def _bind(one: socket.socket, netdev: str, buffer: int) -> None:
     one.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)
-    one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-    one.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+    one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, buffer)
+    one.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, buffer)
     one.bind((netdev, _ETH_P_ALL))

@@ -1,4 +1,4 @@
-"""Moves hardware's network device to a namespace that nobody else sees, for a guest on a packet socket."""
+"""Moves the network device of hardware into a namespace of its own, for a guest on a packet socket."""
 
 from __future__ import annotations
 
