@@ -17,17 +17,30 @@ _BUFFER = 4 << 20
 
 
 def open_queues(
-    netdev: str, queues: int = 1, *, has_header: bool = False, has_auxdata: bool = False
+    netdev: str,
+    queues: int = 1,
+    *,
+    has_header: bool = False,
+    has_auxdata: bool = False,
+    is_promiscuous: bool = True,
 ) -> list[socket.socket]:
     """So many sockets on one device, which see all packets to it and none of their own.
 
     With ``has_header`` a virtio_net_hdr of 10 bytes is before each frame, both ways; with ``has_auxdata``
-    each comes with a tpacket_auxdata, where its VLAN tag is. What there is no room for (4 MiB) is dropped.
+    each comes with a tpacket_auxdata, where its VLAN tag is. A macvlan gets no more by being promiscuous, but
+    the device below it is so, too, then. What there is no room for (4 MiB) is dropped.
     """
     opened: list[socket.socket] = []
     try:
         for _ in range(queues):
-            opened.append(_open(netdev, has_header, has_auxdata))
+            one = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)  # deaf until it is bound to its device
+            opened.append(one)
+            one.setsockopt(_SOL_PACKET, _VNET_HDR, int(has_header))
+            one.setsockopt(_SOL_PACKET, _AUXDATA, int(has_auxdata))
+            if is_promiscuous:
+                membership = struct.pack("=IHH8s", socket.if_nametoindex(netdev), _MR_PROMISC, 0, b"")
+                one.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
+            _bind(one, netdev)
     except OSError as error:
         for one in opened:
             one.close()
@@ -40,19 +53,8 @@ def open_queues(
     return opened
 
 
-def _open(netdev: str, has_header: bool, has_auxdata: bool) -> socket.socket:
-    # Deaf until it is bound to its device.
-    opened = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)
-    try:
-        opened.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)
-        opened.setsockopt(_SOL_PACKET, _VNET_HDR, int(has_header))
-        opened.setsockopt(_SOL_PACKET, _AUXDATA, int(has_auxdata))
-        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
-        opened.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
-        membership = struct.pack("=IHH8s", socket.if_nametoindex(netdev), _MR_PROMISC, 0, b"")
-        opened.setsockopt(_SOL_PACKET, _ADD_MEMBERSHIP, membership)
-        opened.bind((netdev, _ETH_P_ALL))
-    except BaseException:
-        opened.close()
-        raise
-    return opened
+def _bind(one: socket.socket, netdev: str) -> None:
+    one.setsockopt(_SOL_PACKET, _IGNORE_OUTGOING, 1)
+    one.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
+    one.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER)
+    one.bind((netdev, _ETH_P_ALL))
