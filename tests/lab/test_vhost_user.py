@@ -52,15 +52,15 @@ class Machine:
 
     def check_transfers(self) -> None:
         """Bulk TCP each way arrives as it was sent."""
-        receiver = self.wire.receive()
+        received = self.wire.receive()
         sender = f"head -c {TRANSFER} /dev/urandom >/tmp/sent; nc {ADDRESS} 5000 </tmp/sent"
         assert self.run(sender) == "0"
-        assert self.run(f"md5sum </tmp/sent | grep -q {receiver.sum}") == "0"
-        assert receiver.size == TRANSFER
+        assert self.run(f"md5sum </tmp/sent | grep -q {received.sum}") == "0"
+        assert received.size == TRANSFER
         sent = self.wire.send(os.urandom(TRANSFER))
-        assert (
-            self.run(f"nc {ADDRESS} 5001 </dev/null >/tmp/got; md5sum </tmp/got | grep -q {sent.sum}") == "0"
-        )
+        receiver = f"nc {ADDRESS} 5001 </dev/null >/tmp/got; md5sum </tmp/got | grep -q {sent.sum}"
+        assert self.run(receiver) == "0"
+        sent.wait()
 
     def qmp(self, command: str, **arguments: object) -> None:
         """One QMP command that has to succeed."""
