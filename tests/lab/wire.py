@@ -88,10 +88,15 @@ class Transfer:
 
     @property
     def sum(self) -> str:
-        """The MD5 sum of what went over it, in hexadecimal, once it is over."""
+        """The MD5 sum of what goes over it, in hexadecimal; what comes from the guest is waited for."""
+        if self._data is None:
+            self.wait()
+        return self._digest.hexdigest()
+
+    def wait(self) -> None:
+        """Until it is over."""
         self._thread.join(_WAIT_S)
         assert not self._thread.is_alive(), "the transfer hangs"
-        return self._digest.hexdigest()
 
     def _carry(self) -> None:
         with self._listener:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 
 from vnet_lock.backends import Connection
 from vnet_lock.backends.tap_vhost import missing
-from vnet_lock.combination import Combination
+from vnet_lock.combination import Combination, Port
 from vnet_lock.errors import VnetLockError
 from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
@@ -32,9 +32,10 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
 
     with ExitStack() as stack:
         listener = stack.enter_context(listen(opened.path))
-        queues = [
-            stack.enter_context(one) for one in _open_queues(opened.netns, opened.netdev, intent.queues)
-        ]
+        is_macvlan = combination.port in (Port.MACVLAN, Port.VETH_MACVLAN)
+        queues = _open_queues(opened.netns, opened.netdev, intent.queues, not is_macvlan)
+        for one in queues:
+            stack.enter_context(one)
         life, kept = os.pipe()
         stack.callback(os.close, life)
         try:
@@ -68,10 +69,12 @@ def listen(path: str) -> socket.socket:
     return listener
 
 
-def _open_queues(namespace: int, netdev: str, queues: int) -> list[socket.socket]:
+def _open_queues(namespace: int, netdev: str, queues: int, is_promiscuous: bool) -> list[socket.socket]:
     from vnet_lock.datapath.packet_queues import share
     from vnet_lock.kernel import netns, packet
 
-    opened = netns.call_in(namespace, lambda: packet.open_queues(netdev, queues))
+    opened = netns.call_in(
+        namespace, lambda: packet.open_queues(netdev, queues, is_promiscuous=is_promiscuous)
+    )
     share(opened)
     return opened
