@@ -97,7 +97,7 @@ def order(console: Path, number: int, words: str) -> str:
 
 
 @pytest.fixture
-def wire(ip: Callable[[str], str]) -> Wire:
+def wire(ip: Callable[[str], str]) -> Iterator[Wire]:
     for program in ("nft", "dnsmasq", "passt", "qemu-system-x86_64"):
         need(shutil.which(program), program)
     for words in (
@@ -113,7 +113,11 @@ def wire(ip: Callable[[str], str]) -> Wire:
         f"route add default via {OUTSIDE}",
     ):
         ip(words)
-    return Wire(ip)
+    made = Wire(ip)
+    yield made
+    os.close(made.out)
+    # A server would outlive a test that failed, and its namespaces with it.
+    Session(DEFAULT).heal()
 
 
 @pytest.fixture
