@@ -178,6 +178,9 @@ CHANGING = (
     "/backends/",
     "kernel/netlink.py",
     "kernel/nodes.py",
+    "kernel/bridges.py",
+    "kernel/nftables.py",
+    "kernel/dnsmasq.py",
 )
 
 

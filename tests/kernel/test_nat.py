@@ -97,7 +97,7 @@ def order(console: Path, number: int, words: str) -> str:
 
 
 @pytest.fixture
-def wire(ip: Callable[[str], str]) -> Wire:
+def wire(ip: Callable[[str], str]) -> Iterator[Wire]:
     for program in ("nft", "dnsmasq", "passt", "qemu-system-x86_64"):
         need(shutil.which(program), program)
     for words in (
@@ -113,7 +113,11 @@ def wire(ip: Callable[[str], str]) -> Wire:
         f"route add default via {OUTSIDE}",
     ):
         ip(words)
-    return Wire(ip)
+    made = Wire(ip)
+    yield made
+    os.close(made.out)
+    # A server would outlive a test that failed, and its namespaces with it.
+    Session(DEFAULT).heal()
 
 
 @pytest.fixture
@@ -200,7 +204,9 @@ def test_a_user_network_leads_out_and_claims_nothing(wire: Wire, uid: int, backe
                 words = Path(f"/proc/{qemu}/cmdline").read_bytes()
                 assert (b"stream,id=net0" if backend == "passt" else b"user,id=net0") in words
                 to = OUTSIDE if backend == "user" else FAR
-                assert order(console, 1, f"run nc {to} 8000 </dev/null | grep -q hello") == "exit=0"
+                # Its input stays open: half closed at once, a connection hung at times (passt of March 2023).
+                get = f"mkfifo /tmp/f; exec 3<>/tmp/f; nc {to} 8000 <&3 | grep -q hello"
+                assert order(console, 1, f"run {get}") == "exit=0"
                 assert not Path("/run/vnet-lock").exists()
             finally:
                 process.terminate()
@@ -233,7 +239,7 @@ def passts() -> list[int]:
 
 @contextlib.contextmanager
 def answering(server: socket.socket) -> Iterator[None]:
-    """Says hello to whoever comes; its thread is gone at the end, as none may be when namespaces are left."""
+    """Says hello to whoever comes; its thread is gone at the end, as leaving a namespace takes."""
 
     def answer() -> None:
         with contextlib.suppress(OSError):
