@@ -19,7 +19,7 @@ from vnet_lock.model import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-VERBS = ("status", "show", "plan", "claim", "release", "gc", "vfs", "hooks")
+VERBS = ("status", "show", "plan", "claim", "release", "gc", "reap", "vfs", "hooks")
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -97,6 +97,8 @@ def test_the_helpers_man_page_has_each_key_and_kind_of_its_messages():
         # As bash splits "--mode=v" and "--mode=".
         ("qemu-net-helper --mode = v", "vepa"),
         ("qemu-net-helper --mode =", "private"),
+        ("qemu-net-helper --dhcp=", "on"),
+        ("qemu-net-helper --exec -- tr", "true"),
         ("qemu-net-helper --dev=l", "lo"),
     ],
 )
@@ -117,3 +119,18 @@ def test_tmpfiles_makes_the_directories_that_claims_live_in():
     text = (PACKAGING / "tmpfiles.d/vnet-lock.conf").read_text()
     made = [line.split()[1:4] for line in text.splitlines() if line.startswith("d ")]
     assert made == [[DEFAULT.run, "0755", "root"], [DEFAULT.claims_dir, "0755", "root"]]
+
+
+def test_the_service_is_one_that_systemd_understands_and_runs_a_command_of_ours(tmp_path, capsys):
+    text = (PACKAGING / "systemd/vnet-lock-reap.service").read_text()
+    (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+    program, verb, *words = command.split()
+    assert (Path(program).name, {*words}) == ("vnet-lock", options(verb, capsys))
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze, which reads units")
+    unit = tmp_path / "vnet-lock-reap.service"
+    unit.write_text(text.replace(program, shutil.which("true") or ""))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
