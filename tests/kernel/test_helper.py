@@ -208,6 +208,29 @@ def test_qemu_takes_the_words_of_the_message_once_the_numbers_are_in(host, tmp_p
         assert MAC in done.stdout
 
 
+def test_a_packet_sockets_relay_is_handed_over_and_qemu_takes_its_words(host):
+    pytest.importorskip("vnet_lock.backends.socket")
+    with pair() as (receiver, theirs):
+        line = f"--mode=vepa --dev=up0 --mac={MAC} --protocols=socket --socketpair=FD"
+        assert host.helper(line, theirs).returncode == 0
+        message = receiver.read()
+        assert (message["fds"], message["ifindex"], len(receiver.fds)) == (["socket"], None, 1)
+        assert message["features"] == {"vnet_hdr": False, "vhost": False, "queues": 1}
+        words = [word.format(*receiver.fds) for word in message["qemu"]]
+        line = [*QEMU.split(), "-monitor", "stdio", *words, "-device", f"e1000,netdev=net0,mac={MAC}"]
+        done = subprocess.run(
+            line,
+            input="info network\nquit\n",
+            pass_fds=receiver.fds,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "type=dgram" in done.stdout
+
+
 REFUSALS = [
     ("--mode=vepa --dev=nosuch0", 2, "input", "nosuch0"),
     ("--mode=vepa", 2, "input", "dev= is missing"),
