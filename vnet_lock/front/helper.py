@@ -125,6 +125,9 @@ def _open_socket(text: str, name: str) -> socket.socket:
 
 def _serve(settings: Settings, peer: socket.socket, words: Words) -> None:
     intent = _read_intent(words)
+    if words.is_for_bridge and not os.path.exists(f"{settings.sys}/class/net/{intent.devs[0]}/bridge"):
+        # A bridge that is asked for by --port may be made, but QEMU's own helper makes none.
+        raise BadInput(f"there is no bridge {intent.devs[0]!r} here; see: ip link show type bridge")
     owner, uid = _read_owner(settings, peer)
     from vnet_lock.front import helper_message
 

@@ -38,7 +38,6 @@ class Words:
 
     values: dict[str, list[str]]
     command: tuple[str, ...] = ()
-    # As QEMU's own bridge helper is called: with a bridge and nothing else.
     bridge: str | None = None
     use_vnet: bool = False
     problem: str = ""
@@ -47,6 +46,11 @@ class Words:
     def target(self) -> Target | None:
         """The first of them, None where there is none."""
         return next((target for target in Target if target.value in self.values), None)
+
+    @property
+    def is_for_bridge(self) -> bool:
+        """Whether it is called as QEMU's own bridge helper is: the bridge is all that is said."""
+        return self.bridge is not None and not {"mode", "dev"} & set(self.values)
 
     def has(self, switch: str) -> bool:
         """Whether a word without a value is there."""
@@ -92,11 +96,10 @@ def read_intent(words: Words) -> Intent:
     """What is asked for; BadInput or Unsupported where it can't be, in the helper's own words."""
     target = words.target
     values = words.values
-    is_bridge_helper = words.bridge is not None and not {"mode", "dev"} & set(values)
-    if is_bridge_helper:
+    if words.is_for_bridge:
         # qemu-bridge-helper's own: a tap in that bridge, with a vnet header where it is asked for.
         values = {**values, "mode": ["veb"], "port": ["bridge"], "dev": [words.bridge or ""]}
-    is_raw = words.has("raw") or (is_bridge_helper and not words.use_vnet)
+    is_raw = words.has("raw") or (words.is_for_bridge and not words.use_vnet)
     protocols = values.get("protocols") or [_usual(target, words.command, is_raw)]
     keys = ["host", "id=net0"]
     for name in KEYS:
