@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -140,6 +142,26 @@ def test_a_signal_before_the_program_runs_gives_back(host, tmp_path):
         assert program.wait(timeout=20) in (143, -signal.SIGTERM)
     host.gc()
     assert host.is_clean()
+
+
+@pytest.mark.timeout(300)
+def test_a_helper_killed_at_any_moment_on_its_way_to_the_program_leaves_nothing_that_stays(host):
+    seed = random.randrange(1 << 32)
+    print(f"random.seed({seed})")
+    dice = random.Random(seed)
+    words = helper_words(VEPA, sys.executable, "-c", TELL, "{fd}")
+    began = time.monotonic()
+    with started(words) as program:
+        program.stdout.readline()
+        span_s = time.monotonic() - began
+        program.kill()
+    for _ in range(6):
+        with started(words) as program:
+            time.sleep(span_s * (0.2 + 0.9 * dice.random()))
+            program.kill()
+            program.wait(timeout=20)
+        host.gc()
+        assert host.is_clean()
 
 
 @pytest.fixture
