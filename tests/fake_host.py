@@ -57,6 +57,8 @@ class FakeHost:
         os.makedirs(self.settings.claims_dir)
         for folder in (self.settings.run, self.settings.claims_dir):
             os.chmod(folder, 0o755)  # whatever the umask
+        # A /proc without init hides others' processes (hidepid): the real kernel would be asked about ours.
+        self.add_process(1, "init", parent=0)
 
     # --- devices, one by one --------------------------------------------------------------------
 

@@ -199,10 +199,13 @@ class Vm:
             complaint = f"the command did not end in time; see {self.results}" if int(text) == HUNG else ""
             return Outcome(int(text), self.results, complaint)
         where = "running its command" if (self.results / "started").exists() else "booting"
-        when = f"after {took_s:.0f} s while {where} (vng's exit code {vng_code}); see {self.results}"
+        when = f"after {took_s:.0f} s while {where}"
         if not in_time:
-            return Outcome(HUNG, self.results, f"lab VM hung: ended {when}")
-        return Outcome(LOST, self.results, f"lab VM lost {when}")
+            return Outcome(HUNG, self.results, f"lab VM hung: ended {when}; see {self.results}")
+        # A vng that lacks something on this machine says so last, be it in a traceback.
+        said = (self.results / "vng.log").read_text(errors="replace").strip().splitlines()
+        why = ", ".join([f"vng's exit code {vng_code}", *said[-1:]])
+        return Outcome(LOST, self.results, f"lab VM lost {when} ({why}); see {self.results}")
 
     def _keep_cache(self) -> None:
         """What libvirt learnt about QEMU (25 to 40 s of probing) is there for the next boot."""

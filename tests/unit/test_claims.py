@@ -516,16 +516,16 @@ def test_a_table_of_2000_claims_is_read_in_a_few_tens_of_milliseconds(
     add(table, *claims)
     took_s, floor_s = [], []
     for _ in range(5):
-        before = time.perf_counter()
+        before = time.process_time()
         read = table.read()
-        took_s.append(time.perf_counter() - before)
+        took_s.append(time.process_time() - before)
         assert len(read.records) == 2000
         # Opening, reading and parsing as JSON is the least that it could cost.
-        before = time.perf_counter()
+        before = time.process_time()
         for name in os.listdir(settings.claims_dir):
             with open(f"{settings.claims_dir}/{name}", "rb", buffering=0) as file:
                 json.loads(file.read())
-        floor_s.append(time.perf_counter() - before)
+        floor_s.append(time.process_time() - before)
     assert min(took_s) < 4 * min(floor_s)
 
 

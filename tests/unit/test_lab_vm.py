@@ -46,6 +46,11 @@ def test_a_vm_that_is_lost_before_its_command_ran_is_booted_once_more(tmp_path: 
     assert (outcome.exit_code, (tmp_path / "results/boots").read_text().count("boot")) == (LOST, 2)
 
 
+def test_what_vng_said_last_stands_in_the_complaint_about_a_lost_vm(tmp_path: Path) -> None:
+    outcome = end_as(tmp_path, "printf 'Traceback:\\nNo such file: qemu\\n\\n' >&2; exit 3")
+    assert "(vng's exit code 3, No such file: qemu); see " in outcome.complaint
+
+
 def test_an_exit_code_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:
     assert end_as(tmp_path, ": >started; echo 0 >exit-code").exit_code == 0
     assert end_as(tmp_path, ": >started").exit_code == LOST

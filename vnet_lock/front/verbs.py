@@ -44,20 +44,21 @@ _MOST_LOOKS = 5
 def status(settings: Settings, args: Namespace) -> int:
     """PFs, VFs, owners, findings; AUDIT_ERROR where something is an error."""
     devices = args.devices or None
+    found = _look(settings, devices)
     if os.geteuid() != 0:
         print("vnet-lock: without root, what other users' processes use is not seen", file=sys.stderr)
     if not args.watch:
-        found = _look(settings, devices)
         print(_status_output(settings, found, args.json))
         return AUDIT_ERROR if found.has_error else 0
     shown = None
     while True:
-        output = _status_output(settings, _look(settings, devices), args.json)
+        output = _status_output(settings, found, args.json)
         if output != shown:
             home = "\033[H\033[2J" if sys.stdout.isatty() and not args.json else ""
             print(home + output, flush=True)
             shown = output
         time.sleep(_WATCH_S)
+        found = _look(settings, devices)
 
 
 def show(settings: Settings, args: Namespace) -> int:
