@@ -457,6 +457,7 @@ class Intent:
     ``ports`` and ``backends`` are in order of preference, empty means the usual order.
     ``ifname`` is the name that a macvtap or tap is to have.
     ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
+    ``raw`` asks a tap for plain frames, without a vnet header before each.
     """
 
     interface: str
@@ -470,6 +471,7 @@ class Intent:
     ifname: str | None = None
     addresses: tuple[str, ...] = ()
     dhcp: bool = False
+    raw: bool = False
 
 
 Request = Fixed | Intent
@@ -481,6 +483,11 @@ class Rejection:
 
     candidate: str
     reason: str
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f"not {self.candidate}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -215,7 +215,14 @@ def plan(requests: Iterable[Request], situation: Situation) -> Plan | Refusal:
 
 
 def error_of(refusal: Refusal) -> VnetLockError:
-    """A refusal as the error to raise."""
+    """A refusal as the error to raise, with a note for each candidate that was passed over."""
+    error = _error_of(refusal)
+    for rejection in refusal.rejected:
+        error.add_note(rejection.text)
+    return error
+
+
+def _error_of(refusal: Refusal) -> VnetLockError:
     match refusal.kind:
         case RefusalKind.HELD:
             resource = refusal.resource.text if refusal.resource else ""

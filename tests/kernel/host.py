@@ -55,7 +55,7 @@ class Host:
     def is_clean(self) -> bool:
         """Nothing claimed, nothing made, nothing left in /run but what stays empty."""
         left = {path.name for path in RUN.glob("*")}
-        return not self.claims() and self.links() == LINKS and left <= {"claims", "guard"}
+        return not self.claims() and self.links() == LINKS and left <= {"claims", "guard", "reap.lock"}
 
     def helper(self, line: str, end: socket.socket | None = None, **more) -> subprocess.CompletedProcess[str]:
         """The helper; FD in the line is the number of ``end``."""

@@ -92,6 +92,32 @@ def test_an_unmodified_qemu_gets_its_macvtap_and_its_end_is_healed(host, tmp_pat
     assert host.is_clean()
 
 
+def test_an_unmodified_qemu_finds_its_bridge_as_by_its_own_helper(host, tmp_path):
+    net = f"bridge,id=n0,br=br0,helper={HELPER}"
+    with host.plain_qemu(net, monitor=str(tmp_path / "m")) as qemu:
+        eventually((tmp_path / "m").exists)
+        assert "br=br0" in ask(tmp_path / "m", "info network")
+        (claim,) = host.claims()
+        assert (claim["combination"], claim["owner"]["process"]["pid"]) == ("veb-bridge-tap", qemu.pid)
+        (tap_link,) = json.loads(subprocess.check_output(["ip", "-j", "link", "show", "master", "br0"]))
+        assert f"iff:\t{tap_link['ifname']}" in fdinfo_of(qemu.pid)
+        qemu.kill()
+        _, err = qemu.communicate(timeout=20)
+        assert err == ""
+        # As with QEMU's own helper, the tap needs nobody to remove it.
+        eventually(lambda: host.links() == LINKS)
+    host.gc()
+    assert host.is_clean()
+
+
+def test_a_bridge_that_is_not_there_stops_qemu_as_its_own_helper_does(host, tmp_path):
+    with host.plain_qemu(f"bridge,id=n0,br=nosuch0,helper={HELPER}", monitor=str(tmp_path / "m")) as qemu:
+        _, err = qemu.communicate(timeout=60)
+    assert qemu.returncode == 1
+    assert "qemu-net-helper: there is no bridge 'nosuch0' here" in err
+    assert host.is_clean()
+
+
 def test_a_second_interface_of_the_same_qemu_comes_to_the_first(host, tmp_path):
     first = tap("--mode=vepa", "--dev=up0", f"--mac={MAC}")
     second = tap("--mode=veb", "--port=bridge", "--dev=br0", number=1)
@@ -179,6 +205,29 @@ def test_qemu_takes_the_words_of_the_message_once_the_numbers_are_in(host, tmp_p
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert MAC in done.stdout
+
+
+def test_a_packet_sockets_relay_is_handed_over_and_qemu_takes_its_words(host):
+    pytest.importorskip("vnet_lock.backends.socket")
+    with pair() as (receiver, theirs):
+        line = f"--mode=vepa --dev=up0 --mac={MAC} --protocols=socket --socketpair=FD"
+        assert host.helper(line, theirs).returncode == 0
+        message = receiver.read()
+        assert (message["fds"], message["ifindex"], len(receiver.fds)) == (["socket"], None, 1)
+        assert message["features"] == {"vnet_hdr": False, "vhost": False, "queues": 1}
+        words = [word.format(*receiver.fds) for word in message["qemu"]]
+        line = [*QEMU.split(), "-monitor", "stdio", *words, "-device", f"e1000,netdev=net0,mac={MAC}"]
+        done = subprocess.run(
+            line,
+            input="info network\nquit\n",
+            pass_fds=receiver.fds,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "type=dgram" in done.stdout
 
 
 REFUSALS = [
@@ -333,6 +382,11 @@ def test_a_helper_killed_before_it_could_send_leaves_nothing_that_stays(host):
             process.wait(timeout=20)
         host.gc()
         assert host.is_clean()
+
+
+def fdinfo_of(pid: int) -> str:
+    """What the kernel tells of a process's descriptors: of a tap's its name (iff)."""
+    return "".join(path.read_text() for path in Path(f"/proc/{pid}/fdinfo").iterdir())
 
 
 def has_tap_open(pid: int) -> bool:

@@ -124,7 +124,15 @@ def _unpacked(path: Path) -> bytes:
     return data
 
 
-def _archive(busybox: str, modules: list[Path], more: list[Path]) -> bytes:
+def build_initrd(init: Path) -> bytes:
+    """An initial file system of busybox and one script, for a kernel that has its drivers built in."""
+    busybox = shutil.which("busybox", path="/bin:/usr/bin:/sbin:/usr/sbin")
+    if not busybox:
+        raise BuildError("no busybox: run tests/setup")
+    return _archive(busybox, [], [], init)
+
+
+def _archive(busybox: str, modules: list[Path], more: list[Path], init: Path = _INIT) -> bytes:
     """The initial file system, as the cpio "newc" format that the kernel reads."""
     parts: list[bytes] = []
 
@@ -136,7 +144,7 @@ def _archive(busybox: str, modules: list[Path], more: list[Path]) -> bytes:
     for directory in ("bin", "dev", "proc", "sys", "modules", "tmp"):
         add(directory, 0o40755)
     add("bin/busybox", 0o100755, Path(busybox).read_bytes())
-    add("init", 0o100755, _INIT.read_bytes())
+    add("init", 0o100755, init.read_bytes())
     add("modules/order", 0o100644, "".join(f"{_plain_name(path)}\n" for path in modules).encode())
     for path in dict.fromkeys((*modules, *more)):
         add(f"modules/{_plain_name(path)}", 0o100644, _unpacked(path))

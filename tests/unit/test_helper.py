@@ -11,15 +11,15 @@ import pytest
 from vnet_lock.backends import Connection
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported
-from vnet_lock.front import helper
-from vnet_lock.front.helper import _message, _read_intent, _read_words
+from vnet_lock.front import helper, helper_message
+from vnet_lock.front.helper_words import Target, Words, fill, read_intent, read_words
 from vnet_lock.settings import Settings
 
 
 def intent_of(line: str, as_json: bool = True):
-    words, problem = _read_words(line.split())
-    assert problem == ""
-    return _read_intent(words, as_json)
+    words = read_words([*line.split(), "--socketpair=9" if as_json else "--fd=9"])
+    assert words.problem == ""
+    return read_intent(words)
 
 
 def test_both_spellings_of_a_word_are_understood():
@@ -43,8 +43,9 @@ def test_a_comma_ends_no_value():
 
 
 def test_what_qemu_adds_to_a_helpers_words_is_passed_over():
-    words, problem = _read_words(["--mode=vepa", "--dev=eth0", "--use-vnet", "--fd=3", "--br=br0"])
-    assert (sorted(words), problem) == (["dev", "fd", "mode"], "")
+    words = read_words(["--mode=vepa", "--dev=eth0", "--use-vnet", "--fd=3", "--br=br0"])
+    assert (sorted(words.values), words.problem) == (["dev", "fd", "mode"], "")
+    assert read_intent(words).devs == ("eth0",)
 
 
 @pytest.mark.parametrize(
@@ -103,11 +104,13 @@ def test_what_makes_no_sense_is_named_in_the_helpers_own_words(line, as_json, er
     ],
 )
 def test_the_first_odd_word_is_named(words, problem):
-    assert _read_words(words)[1].startswith(problem)
+    assert read_words(words).problem.startswith(problem)
 
 
 def test_without_a_socket_there_is_nothing_to_do(tmp_path):
-    with pytest.raises(BadInput, match="--socketpair=FD or --fd=FD is missing; see: qemu-net-helper --help"):
+    with pytest.raises(
+        BadInput, match="--socketpair=FD, --fd=FD or --exec is missing; see: qemu-net-helper --help"
+    ):
         helper.run(["--mode=vepa", "--dev=eth0"], Settings.under(tmp_path))
 
 
@@ -182,7 +185,7 @@ def test_a_refusal_is_sent_as_one_line_and_raised(line, words, tmp_path):
 def test_each_kind_of_refusal_has_its_word(error, kind, message):
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        helper._send_error(theirs, error)
+        helper_message.send_error(theirs, error)
         data = ours.recv(65536)
     assert data.count(b"\n") == 1
     assert json.loads(data)["error"] == {"kind": kind, "message": message}
@@ -198,7 +201,7 @@ def test_a_message_that_does_not_fit_at_once_is_sent_to_its_end():
         pid = os.fork()
         if pid == 0:
             try:
-                helper._send(theirs, data, [theirs.fileno()])
+                helper_message.send(theirs, data, [theirs.fileno()])
             finally:
                 os._exit(0)
         theirs.close()
@@ -212,9 +215,135 @@ def test_a_message_that_does_not_fit_at_once_is_sent_to_its_end():
     assert (got, len(fds)) == (data, 1)
 
 
+def message_of(connection: Connection, line: str) -> dict:
+    return json.loads(helper_message.encode(connection, intent_of(line)))
+
+
 def test_with_vhost_there_is_one_more_descriptor_for_each_queue():
     connection = Connection(Combination.parse("vepa-macvlan-tap+vhost"), "52:54:00:00:00:01", (7, 8), (9, 10))
-    message = json.loads(_message(connection))
+    message = message_of(connection, "--mode=vepa --dev=eth0 --queues=2")
     assert message["fds"] == ["tap", "tap", "vhost", "vhost"]
     assert message["features"] == {"vnet_hdr": True, "vhost": True, "queues": 2}
     assert message["qemu"] == ["-netdev", "tap,id=net0,fds={0}:{1},vhost=on,vhostfds={2}:{3}"]
+
+
+def test_a_packet_socket_has_frames_without_a_header_and_a_link_that_is_elsewhere():
+    connection = Connection(
+        Combination.parse("vepa-macvlan-socket"), "52:54:00:00:00:01", (7,), netdev="nosuch0"
+    )
+    message = message_of(connection, "--mode=vepa --dev=eth0 --protocols=socket")
+    assert (message["fds"], message["ifname"], message["ifindex"]) == (["socket"], "nosuch0", None)
+    assert message["features"] == {"vnet_hdr": False, "vhost": False, "queues": 1}
+    assert message["qemu"] == ["-netdev", "dgram,id=net0,local.type=fd,local.str={0}"]
+
+
+def test_a_user_network_of_passts_is_a_stream():
+    connection = Connection(Combination.parse("nat-socket-passt"), None, (7,))
+    message = message_of(connection, "--mode=nat --protocols=user")
+    assert (message["fds"], message["ifname"], message["ifindex"]) == (["passt"], None, None)
+    assert message["features"] == {"vnet_hdr": False, "vhost": False, "queues": 1}
+    assert message["qemu"] == ["-netdev", "stream,id=net0,addr.type=fd,addr.str={0}"]
+
+
+def test_a_vhost_user_network_is_a_path_and_needs_the_guests_memory():
+    connection = Connection(
+        Combination.parse("vepa-macvlan-socket+vhost"), "52:54:00:00:00:01", netdev="x0", path="p/s"
+    )
+    message = message_of(connection, "--mode=vepa --dev=eth0 --protocols=socket,vhost")
+    assert message["features"] == {"vnet_hdr": False, "vhost": True, "queues": 1}
+    assert "-m {memory}" in " ".join(message["qemu"])
+    assert message["qemu"][-1] == "vhost-user,id=net0,chardev=net0-vhost"
+    assert message["qemu"][-3].startswith("socket,id=net0-vhost,path=p/s")
+
+
+def test_plain_frames_of_a_tap_are_told():
+    connection = Connection(Combination.parse("veb-bridge-tap"), "52:54:00:00:00:01", (7,))
+    assert message_of(connection, "--mode=veb --dev=br0 --raw")["features"]["vnet_hdr"] is False
+
+
+def test_a_route_and_nat_are_asked_for_in_the_words_of_netdev_host():
+    assert intent_of("--mode=route --dev=eth0 --ip=192.0.2.7 --ip=2001:db8::7").addresses == (
+        "192.0.2.7",
+        "2001:db8::7",
+    )
+    intent = intent_of("--mode=nat --dhcp=on")
+    assert (intent.devs, intent.dhcp) == ((), True)
+
+
+@pytest.mark.parametrize(
+    ("line", "is_raw"), [("--use-vnet --fd=3 --br=br7", False), ("--fd=3 --br=br7", True)]
+)
+def test_called_as_qemus_own_bridge_helper_it_opens_a_tap_in_that_bridge(line, is_raw):
+    intent = read_intent(read_words(line.split()))
+    assert (intent.policy, intent.ports, intent.devs) == (Policy.VEB, (Port.BRIDGE,), ("br7",))
+    assert (intent.backends, intent.raw) == ((Backend.TAP,), is_raw)
+
+
+def command_intent(line: str, command: str):
+    words = read_words(["--mode=vepa", "--dev=eth0", *line.split(), "--exec", "--", *command.split()])
+    assert (words.problem, words.target) == ("", Target.COMMAND)
+    return read_intent(words)
+
+
+@pytest.mark.parametrize(
+    ("line", "command", "backends"),
+    [
+        ("", "x fd={fd}", (Backend.TAP,)),
+        ("", "x {fd} {vhostfd}", (Backend.TAP_VHOST,)),
+        ("--queues=2", "x {fds} {vhostfd1}", (Backend.TAP_VHOST,)),
+        ("--raw", "x {fd}", (Backend.TAP, Backend.SOCKET)),
+        ("--raw --protocols=socket,vhost", "x {fd}", (Backend.SOCKET,)),
+        ("--protocols=socket,vhost,tap", "x {fd}", (Backend.SOCKET, Backend.TAP)),
+        ("", "x {path}", (Backend.SOCKET_VHOST,)),
+    ],
+)
+def test_a_command_gets_what_it_has_places_for(line, command, backends):
+    assert command_intent(line, command).backends == backends
+
+
+@pytest.mark.parametrize(
+    ("line", "command", "words"),
+    [
+        ("", "x", "COMMAND has no {fd}"),
+        ("", "x {mac} {ifname}", "COMMAND has no {fd}"),
+        ("", "x {{fd}}", "COMMAND has no {fd}"),
+        ("--queues=2", "x {fd2}", "COMMAND has {fd2}, but the queues are numbered 0 to 1"),
+        ("", "x {fd} {vhostfd1}", "COMMAND has {vhostfd1}"),
+        ("--protocols=tap", "x {fd} {vhostfd}", "nothing that fits {fd}, {vhostfd}"),
+        ("--raw", "x {fd} {vhostfd}", "nothing that fits"),
+        ("", "x {fd} {path}", "nothing that fits"),
+    ],
+)
+def test_a_command_that_could_not_be_filled_is_refused_before_anything_is_made(line, command, words):
+    with pytest.raises(BadInput) as caught:
+        command_intent(line, command)
+    assert words in str(caught.value)
+
+
+def test_only_known_places_are_filled():
+    values = {"fd": "7", "fds": "7:8", "fd1": "8", "vhostfd": "9", "mac": "m"}
+    command = ["a={fd},b={fd1}", "{{fd}}{fd}", "{fds}", "{other} {FD} ${x} {}", "{vhostfd}{mac}"]
+    assert fill(command, values.__getitem__) == ["a=7,b=8", "{fd}7", "7:8", "{other} {FD} ${x} {}", "9m"]
+
+
+def test_what_follows_the_two_dashes_is_the_commands_own():
+    words = read_words(["--exec", "--raw", "--", "x", "--mode=veb", "--", "{fd}"])
+    assert (words.command, words.problem) == (("x", "--mode=veb", "--", "{fd}"), "")
+    assert words.has("raw")
+    assert not words.has("mode")
+
+
+@pytest.mark.parametrize("line", ["--exec", "--exec --", "--mode=vepa --exec"])
+def test_a_command_is_needed(line):
+    assert "--exec needs a command" in read_words(line.split()).problem
+
+
+def test_a_command_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
+    words = ["--mode=vepa", "--dev=eth0", "--exec", "--", "nosuchprogram", "{fd}"]
+    with pytest.raises(Unsupported, match='there is no program "nosuchprogram" in PATH'):
+        helper.run(words, Settings.under(tmp_path))
+
+
+def test_the_words_know_their_target():
+    assert Words({"fd": ["3"]}).target is Target.TAP_ONLY
+    assert Words({"mode": ["veb"]}).target is None

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from vnet_lock.backends import Connection
-from vnet_lock.combination import Combination
+from vnet_lock.combination import Combination, Policy
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
-from vnet_lock.front import helper
+from vnet_lock.front import helper, helper_message, helper_words
 from vnet_lock.front.cli import main
+from vnet_lock.model import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "vfs", "hooks")
+VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "reap", "vfs", "hooks")
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -60,9 +61,10 @@ def test_all_options_of_a_verb_are_known_to_man_page_and_completion(verb, tmp_pa
 
 
 def test_all_words_of_the_helper_are_known_to_its_help_man_page_and_completion(tmp_path, capsys):
-    known = {f"--{name}" for name in (*helper._KEYS, *helper._TARGETS)} | {"--help", "--version"}
+    words = (*helper_words.KEYS, *helper_words.TARGETS, *helper_words.SWITCHES)
+    known = {f"--{name}" for name in words} | {"--help", "--version"}
     assert helper.main(["--help"]) == 0
-    assert set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) == known
+    assert set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--br"} == known
     assert {word.rstrip("=") for word in complete("qemu-net-helper --", tmp_path)} == known
     page = (PACKAGING / "man/qemu-net-helper.8").read_text().replace("\\-", "-")
     options = page.partition(".SH OPTIONS")[2].partition("\n.SH ")[0]
@@ -73,8 +75,8 @@ def test_the_helpers_man_page_has_each_key_and_kind_of_its_messages():
     page = (PACKAGING / "man/qemu-net-helper.8").read_text().partition(".SH THE MESSAGE")[2]
     connection = Connection(Combination.parse("vepa-macvlan-tap"), "52:54:00:00:00:01", (3,))
     table = {word for row in re.findall(r"^([a-z, ]+)\|", page, re.MULTILINE) for word in row.split(", ")}
-    assert json.loads(helper._message(connection)).keys() == table
-    kinds = {helper._kind_of(error("")) for error in (VnetLockError, Refused, BadInput, Unsupported)}
+    assert json.loads(helper_message.encode(connection, Intent("net0", Policy.VEPA))).keys() == table
+    kinds = {helper_message.kind_of(error("")) for error in (VnetLockError, Refused, BadInput, Unsupported)}
     assert all(re.search(rf"^\.BR? {kind}\b", page, re.MULTILINE) for kind in kinds)
     codes = re.findall(r"^([0-9])\|", page, re.MULTILINE)
     assert codes == [
@@ -95,6 +97,8 @@ def test_the_helpers_man_page_has_each_key_and_kind_of_its_messages():
         # As bash splits "--mode=v" and "--mode=".
         ("qemu-net-helper --mode = v", "vepa"),
         ("qemu-net-helper --mode =", "private"),
+        ("qemu-net-helper --dhcp=", "on"),
+        ("qemu-net-helper --exec -- tr", "true"),
         ("qemu-net-helper --dev=l", "lo"),
     ],
 )
@@ -115,3 +119,18 @@ def test_tmpfiles_makes_the_directories_that_claims_live_in():
     text = (PACKAGING / "tmpfiles.d/vnet-lock.conf").read_text()
     made = [line.split()[1:4] for line in text.splitlines() if line.startswith("d ")]
     assert made == [[DEFAULT.run, "0755", "root"], [DEFAULT.claims_dir, "0755", "root"]]
+
+
+def test_the_service_is_one_that_systemd_understands_and_runs_a_command_of_ours(tmp_path, capsys):
+    text = (PACKAGING / "systemd/vnet-lock-reap.service").read_text()
+    (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
+    program, verb, *words = command.split()
+    assert (Path(program).name, {*words}) == ("vnet-lock", options(verb, capsys))
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze, which reads units")
+    unit = tmp_path / "vnet-lock-reap.service"
+    unit.write_text(text.replace(program, shutil.which("true") or ""))
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -32,4 +32,4 @@ def open_queues(
     if opened.netdev is None:
         raise VnetLockError(f"{intent.interface}: {combination.text} has no link to open")
     open_link = nodes.open_tap if combination.port in (Port.BRIDGE, Port.NONE) else nodes.open_macvtap
-    return tuple(open_link(settings, opened.netdev, intent.queues))
+    return tuple(open_link(settings, opened.netdev, intent.queues, has_header=not intent.raw))

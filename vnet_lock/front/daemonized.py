@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front.command import print_error
-from vnet_lock.front.supervisor import ENDING, PROGRAM, Lifecycle
+from vnet_lock.front.program import ENDING
+from vnet_lock.front.supervisor import PROGRAM, Lifecycle
 from vnet_lock.kernel.processes import is_alive, read_lock_holder, read_process
 from vnet_lock.model import Owner, Process
 from vnet_lock.settings import Settings

@@ -1,20 +1,23 @@
 """qemu-net-helper: opens a network for another process and hands the descriptors over a unix socket.
 
 The claim is the other process's. Until the descriptors are on their way it is reserved by us: should we die
-before, nobody has to wait for that process's end.
+before, nobody has to wait for that process's end. With --exec we become the other process ourselves.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
 
-from vnet_lock.combination import Backend, Port
-from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
+from vnet_lock.combination import Port
+from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.command import print_error, serve
+from vnet_lock.front.helper_words import HINT, Target, Words, fill, read_intent, read_words
 from vnet_lock.model import Intent, Owner, OwnerKind
 from vnet_lock.settings import DEFAULT, Settings
 
@@ -22,35 +25,47 @@ if TYPE_CHECKING:
     import socket
 
     from vnet_lock.backends import Connection
+    from vnet_lock.session import Grant, Session
 
 _PROGRAM = "qemu-net-helper"
 _USAGE = """\
 usage: qemu-net-helper --mode=MODE --dev=DEVICE [OPTIONS] (--socketpair=FD | --fd=FD)
+       qemu-net-helper --mode=MODE --dev=DEVICE [OPTIONS] --exec -- COMMAND {fd}...
 
 Opens the best connection that policy, device and protocols allow, claims it for the process at the
-other end of the socket, and sends the descriptors there. Anything but 0 means that there are none.
+other end of the socket, and sends the descriptors there; or runs a command that inherits them.
+Anything but 0 means that there are none.
 
-  --mode=MODE          veb (or bridge), vepa, private
+  --mode=MODE          veb (or bridge), vepa, private, nat, route
   --dev=DEVICE         a network device or a PCI address; again for more, tried in order
-  --protocols=LIST     what the receiver can use: tap, vhost; separated by commas
+  --protocols=LIST     what the receiver can use: tap, socket, vhost, user; separated by commas
   --port=PORT  --mac=MAC  --queues=N  --vlan=ID
+  --ip=ADDRESS         for mode=route: the guest's own address; again for more
+  --dhcp=on|off        for mode=nat: answer its DHCP
+  --raw                plain Ethernet frames, without a vnet header before each
+  --explain            say on standard error what was passed over, why, and what was chosen
+
   --socketpair=FD      one line of JSON with all descriptors beside it; an error comes the same way
-  --fd=FD              as QEMU's -netdev tap,helper=…: one byte with one tap descriptor
+  --fd=FD              as QEMU's -netdev tap,helper=…: one byte with one tap descriptor; and as
+                       -netdev bridge,helper=…, which adds --br=BRIDGE, without --mode and --dev
+  --exec -- COMMAND    in its words {fd} and {vhostfd} become numbers of descriptors, or {fd0}, {fd1} … of
+                       each queue, or {fds} and {vhostfds} of all, joined by colons; {ifname}, {mac}, {path}
   --help, --version
 """
-# What becomes a key of the same name of QEMU's -netdev host, where it is checked.
-_KEYS = ("mode", "dev", "protocols", "port", "mac", "queues", "vlan")
-_TARGETS = ("socketpair", "fd")
+# Where the link is a plain tap; of a macvtap the kernel knows no such thing.
+_PORTS_OF_TAPS = (Port.BRIDGE, Port.NONE)
 # A receiver that doesn't read: a message this small only ever waits for one.
 _SEND_S = 10.0
-# As many descriptors go beside one message (SCM_MAX_FD, include/net/scm.h).
-_MOST_FDS = 253
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Serve one request; 0 only if the descriptors were sent (or help was all that was asked for)."""
-    words = sys.argv[1:] if args is None else args
-    return serve(_PROGRAM, lambda: run(words, DEFAULT))
+    if args is not None:
+        return serve(_PROGRAM, lambda: run(args, DEFAULT))
+    # QEMU waits for our end: nothing that we load is garbage, and nothing is left to be taken down (10 %).
+    gc.disable()
+    status = serve(_PROGRAM, lambda: run(sys.argv[1:], DEFAULT))
+    os._exit(status)
 
 
 def run(args: Sequence[str], settings: Settings) -> int:
@@ -64,73 +79,28 @@ def run(args: Sequence[str], settings: Settings) -> int:
 
         print(f"qemu-net-helper {version('vnet-lock')}")
         return 0
-    words, problem = _read_words(args)
-    target = next((name for name in _TARGETS if name in words), None)
+    words = read_words(args)
+    target = words.target
     if target is None:
-        raise BadInput(f"{problem or '--socketpair=FD or --fd=FD is missing'}; see: qemu-net-helper --help")
-    as_json = target == "socketpair"
-    with _open_socket(words[target][0], target) as peer:
+        raise BadInput(f"{words.problem or '--socketpair=FD, --fd=FD or --exec is missing'}; {HINT}")
+    if target is Target.COMMAND:
+        _become_command(settings, words)
+    with _open_socket(words.values[target.value][0], target.value) as peer:
         try:
-            if problem:
-                raise BadInput(f"{problem}; see: qemu-net-helper --help")
-            _serve(settings, peer, _read_intent(words, as_json), as_json)
+            _serve(settings, peer, words)
         except BaseException as error:
-            if as_json:
-                _send_error(peer, error)
+            if target is Target.MESSAGE:
+                from vnet_lock.front.helper_message import send_error
+
+                send_error(peer, error)
             raise
     return 0
 
 
-def _read_words(args: Sequence[str]) -> tuple[dict[str, list[str]], str]:
-    """The values of each word, and what is wrong with the first odd one: where to say so is among them."""
-    words: dict[str, list[str]] = {}
-    problems: list[str] = []
-    rest = list(args)
-    while rest:
-        word = rest.pop(0)
-        name, equals, value = word.removeprefix("--").partition("=")
-        # QEMU adds these to any helper's arguments.
-        if word == "--use-vnet" or word.startswith("--br="):
-            continue
-        if not word.startswith("--") or name not in (*_KEYS, *_TARGETS):
-            problems.append(f"unknown word {word!r}")
-            continue
-        if not equals:
-            value = rest.pop(0) if rest else ""
-        if not value:
-            problems.append(f"--{name} has no value")
-            continue
-        words.setdefault(name, []).append(value)
-    if sum(len(words.get(name, ())) for name in _TARGETS) > 1:
-        problems.append("only one of --socketpair=FD and --fd=FD can be, and once")
-    return words, problems[0] if problems else ""
-
-
-def _read_intent(words: dict[str, list[str]], as_json: bool) -> Intent:
-    from vnet_lock.qemu_argv import read_argv
-
-    keys = ["host", "id=net0"]
-    for name in _KEYS:
-        for value in words.get(name, []):
-            text = value.replace(",", ":") if name == "protocols" else value.replace(",", ",,")
-            keys.append(f"{name}={text}")
-    if "protocols" not in words:
-        keys.append("protocols=tap:vhost" if as_json else "protocols=tap")
-    network = ",".join(keys)
-    try:
-        intent = read_argv(["-netdev", network]).intents[0]
-    except BadInput as error:
-        raise BadInput(str(error).removeprefix(f"-netdev {network}: ")) from error
-    if not as_json and intent.queues > 1:
-        raise BadInput("--fd takes one descriptor, so there is no --queues; use --socketpair")
-    if 2 * intent.queues > _MOST_FDS:
-        raise BadInput(f"--queues={intent.queues}: a socket takes those of {_MOST_FDS // 2} queues at once")
-    # QEMU opens vhost itself beside a descriptor that it got by --fd.
-    unfit = (Backend.VFIO, Backend.USER) if as_json else set(Backend) - {Backend.TAP}
-    backends = tuple(backend for backend in intent.backends if backend not in unfit)
-    if not backends:
-        raise Unsupported(f"--protocols={words['protocols'][0]} has no descriptor to hand over; add tap")
-    return replace(intent, backends=backends)
+def _read_intent(words: Words) -> Intent:
+    if words.problem:
+        raise BadInput(f"{words.problem}; {HINT}")
+    return read_intent(words)
 
 
 def _open_socket(text: str, name: str) -> socket.socket:
@@ -150,36 +120,88 @@ def _open_socket(text: str, name: str) -> socket.socket:
     return peer
 
 
-def _serve(settings: Settings, peer: socket.socket, intent: Intent, as_json: bool) -> None:
-    owner = _read_owner(settings, peer)
+# --- for the process at the other end of a socket -------------------------------------------------
 
+
+def _serve(settings: Settings, peer: socket.socket, words: Words) -> None:
+    intent = _read_intent(words)
+    if words.is_for_bridge and not os.path.exists(f"{settings.sys}/class/net/{intent.devs[0]}/bridge"):
+        # A bridge that is asked for by --port may be made, but QEMU's own helper makes none.
+        raise BadInput(f"there is no bridge {intent.devs[0]!r} here; see: ip link show type bridge")
+    owner, uid = _read_owner(settings, peer)
+    from vnet_lock.front import helper_message
+
+    with _connected(settings, owner, intent, words) as (session, grant, connection):
+        if connection.path is not None:
+            os.chown(connection.path, uid, -1, follow_symlinks=False)
+        if words.target is Target.MESSAGE:
+            helper_message.send_connection(peer, connection, intent)
+        else:
+            helper_message.send(peer, b"\0", connection.fds[:1])
+        session.activate([grant])
+    if words.target is Target.MESSAGE or intent.mac or connection.combination.port is Port.BRIDGE:
+        return
+    # This protocol has no word for it, and a macvtap hears nothing that is for another MAC.
+    print_error(_PROGRAM, f"the guest's device needs mac={connection.mac}; or choose one for both by --mac=")
+
+
+@contextmanager
+def _connected(
+    settings: Settings, owner: Owner, intent: Intent, words: Words
+) -> Iterator[tuple[Session, Grant, Connection]]:
+    """A connection that is open inside; what fails in there gives it back."""
     from vnet_lock.session import Session
 
     session = Session(settings)
-    grants = session.acquire(owner, [intent], beside=True)  # one call for each interface
+    (grant,) = _acquire(session, owner, intent, words)
     fds: list[int] = []
     try:
-        connection = session.connect(grants[0])
+        connection = session.connect(grant)
         fds += connection.descriptors
-        if not connection.fds:
+        if not fds:
             raise Unsupported(f"{connection.combination.text} has no descriptor to hand over")
-        _send(peer, _message(connection) if as_json else b"\0", fds if as_json else fds[:1])
-        session.activate(grants)
+        if connection.combination.port in _PORTS_OF_TAPS:
+            from vnet_lock.kernel import nodes
+
+            # Nobody will open it again, so nobody need be waited for to remove it.
+            nodes.end_with_descriptor(fds[0])
+        yield session, grant, connection
     except BaseException:
         # A device isn't free while we have it open ourselves.
         _close(fds)
-        grants[0].close()
+        grant.close()
         try:
-            session.give_back(grants)
+            session.give_back([grant])
         except VnetLockError as error:
             print_error(_PROGRAM, error)
         raise
     _close(fds)
-    if not (as_json or intent.mac or connection.combination.port is Port.BRIDGE):
-        # This protocol has no word for it, and a macvtap hears nothing that is for another MAC.
-        print_error(
-            _PROGRAM, f"the guest's device needs mac={connection.mac}; or choose one for both by --mac="
-        )
+
+
+def _acquire(session: Session, owner: Owner, intent: Intent, words: Words) -> tuple[Grant, ...]:
+    """One call for each interface, so what the owner has already stays."""
+    try:
+        grants = session.acquire(owner, [intent], beside=True)
+    except VnetLockError as error:
+        passed_over = getattr(error, "__notes__", [])
+        if words.has("explain"):
+            _explain([f"{intent.interface}: refused", *(f"  {line}" for line in passed_over)])
+        # Whoever only gets this line is to know all of it.
+        unsaid = [line for line in passed_over if line.partition(": ")[2] not in str(error)]
+        if unsaid:
+            error.args = ("; ".join([str(error), *unsaid]),)
+        raise
+    if words.has("explain"):
+        from vnet_lock.front.report import plan_text  # 20 ms
+        from vnet_lock.model import Plan
+
+        _explain(plan_text(Plan(tuple(grant.assignment for grant in grants))).splitlines())
+    return grants
+
+
+def _explain(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
 
 
 def _close(fds: list[int]) -> None:
@@ -187,15 +209,18 @@ def _close(fds: list[int]) -> None:
         os.close(descriptor)
 
 
-def _read_owner(settings: Settings, peer: socket.socket) -> Owner:
-    """The process at the other end (unix(7), SO_PEERCRED): it lives as long as the guest, we don't."""
+def _read_owner(settings: Settings, peer: socket.socket) -> tuple[Owner, int]:
+    """The process at the other end (unix(7), SO_PEERCRED), and its uid.
+
+    It lives as long as the guest, we don't.
+    """
     import socket
     import struct
 
     from vnet_lock.kernel import processes
 
     credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid = struct.unpack("3i", credentials)[0]
+    pid, uid, _ = struct.unpack("3i", credentials)
     if pid == os.getpid():
         raise BadInput("the socket is one of our own; whoever runs the guest must make it, and start us then")
     try:
@@ -208,59 +233,49 @@ def _read_owner(settings: Settings, peer: socket.socket) -> Owner:
             " is gone, or lives in another pid namespace"
         )
     name = processes.read_command(settings, pid)
-    return Owner(OwnerKind.QEMU, name, processes.read_boot_id(settings), process=process)
+    return Owner(OwnerKind.QEMU, name, processes.read_boot_id(settings), process=process), uid
 
 
-def _message(connection: Connection) -> bytes:
-    import json
-    import socket
-
-    queues = len(connection.fds)
-    names = ["tap"] * queues + ["vhost"] * len(connection.vhost_fds)
-    # {N} stands for the number that the receiver gets for the N-th descriptor.
-    places = [f"{{{index}}}" for index in range(len(names))]
-    taps, vhosts = ":".join(places[:queues]), ":".join(places[queues:])
-    many = "s" if queues > 1 else ""
-    vhost = f",vhost=on,vhostfd{many}={vhosts}" if vhosts else ""
-    try:
-        ifindex = socket.if_nametoindex(connection.netdev) if connection.netdev else None
-    except OSError as error:
-        raise Vanished(f"{connection.netdev} is gone already; see: ip link") from error
-    message = {
-        "version": 1,
-        "combination": connection.combination.text,
-        "ifname": connection.netdev,
-        "ifindex": ifindex,
-        "mac": connection.mac,
-        "features": {"vnet_hdr": True, "vhost": bool(vhosts), "queues": queues},
-        "fds": names,
-        "qemu": ["-netdev", f"tap,id=net0,fd{many}={taps}{vhost}"],
-    }
-    return json.dumps(message).encode() + b"\n"
+# --- for a command that we become -----------------------------------------------------------------
 
 
-def _send(peer: socket.socket, data: bytes, fds: Sequence[int]) -> None:
-    import socket
+def _become_command(settings: Settings, words: Words) -> NoReturn:
+    """Claim for ourselves and exec: pid and start ticks survive that, so the claim is the command's."""
+    from vnet_lock.front.program import ENDING, become, find_program
+    from vnet_lock.kernel import processes
 
-    try:
-        sent = socket.send_fds(peer, [data], list(fds))
-        if sent < len(data):
-            peer.sendall(data[sent:])
-    except OSError as error:
-        raise VnetLockError(f"the descriptors could not be sent: {error.strerror or error}") from error
+    intent = _read_intent(words)
+    path = find_program(words.command[0], "install it, or say where it is")
+    name = os.path.basename(path)
+    me = processes.this_process(settings)
+    owner = Owner(OwnerKind.PROCESS, name, processes.read_boot_id(settings), process=me)
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _leave)
+    with _connected(settings, owner, intent, words) as (session, grant, connection):
+        values = _values(connection)
+        command = fill(words.command, lambda place: values[place])
+        session.activate([grant])
+        for descriptor in connection.descriptors:
+            os.set_inheritable(descriptor, True)
+        become(path, command)
+    raise AssertionError("become() doesn't return")
 
 
-def _kind_of(error: BaseException) -> str:
-    kinds = {Refused: "held", BadInput: "input", Unsupported: "unsupported"}
-    return next((kind for cls, kind in kinds.items() if isinstance(error, cls)), "failed")
+def _leave(number: int, frame: object) -> NoReturn:
+    """What is made is given back on the way out; a second signal must not cut that short."""
+    del frame
+    from vnet_lock.front.program import ENDING
+
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    raise SystemExit(128 + number)
 
 
-def _send_error(peer: socket.socket, error: BaseException) -> None:
-    import json
-
-    text = str(error) if isinstance(error, VnetLockError) else f"{type(error).__name__}: {error}"
-    message = {"version": 1, "error": {"kind": _kind_of(error), "message": text}}
-    try:
-        peer.sendall(json.dumps(message).encode() + b"\n")
-    except OSError:
-        return  # the exit code says it, too
+def _values(connection: Connection) -> dict[str, str]:
+    """What each place in a command stands for."""
+    values = {"ifname": connection.netdev or "", "mac": connection.mac or "", "path": connection.path or ""}
+    for name, fds in (("fd", connection.fds), ("vhostfd", connection.vhost_fds)):
+        numbers = [str(descriptor) for descriptor in fds]
+        values |= {f"{name}{at}": number for at, number in enumerate(numbers)}
+        values |= {name: numbers[0] if numbers else "", f"{name}s": ":".join(numbers)}
+    return values

@@ -285,7 +285,7 @@ def _value(value: object) -> str:
 
 
 def _rejected_lines(rejected: Iterable[Rejection]) -> list[str]:
-    return [f"  not {one.candidate}: {one.reason}" for one in rejected]
+    return [f"  {one.text}" for one in rejected]
 
 
 def _finding_lines(findings: Sequence[Finding], style: Style, gap: bool) -> list[str]:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from vnet_lock.errors import BadInput, Unsupported, VnetLockError
+from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error
+from vnet_lock.front.program import ENDING, become
 from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
 from vnet_lock.model import Owner, OwnerKind, Process, Request
@@ -35,9 +36,6 @@ _PASSED_ON = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH),
 )
-ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-# Python ignores these at its start, and an ignored signal stays ignored across exec.
-_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class Lifecycle(Protocol):
@@ -231,7 +229,7 @@ def _become_qemu(settings: Settings, guest: Guest, session: Lifecycle) -> NoRetu
             args = [*args, "-pidfile", guest.pidfile(settings, os.getpid())]
         for descriptor in opened:
             os.set_inheritable(descriptor, True)
-        become(guest, args)
+        become(guest.path, [guest.program, *args])
     except BaseException:
         # A device isn't free while we have it open ourselves.
         for descriptor in opened:
@@ -267,16 +265,3 @@ def uid_of(user: str) -> int:
         return pwd.getpwnam(user).pw_uid
     except KeyError as error:
         raise BadInput(f'QEMU is to become user "{user}", who isn\'t here') from error
-
-
-def become(guest: Guest, args: Sequence[str]) -> NoReturn:
-    """Exec the program with the signals as a shell would start it; Unsupported where it can't be."""
-    for number in ENDING:
-        if callable(signal.getsignal(number)):
-            signal.signal(number, signal.SIG_DFL)
-    for number in _IGNORED_BY_PYTHON:
-        signal.signal(number, signal.SIG_DFL)
-    try:
-        os.execv(guest.path, [guest.program, *args])  # noqa: S606 - QEMU takes our place
-    except OSError as error:
-        raise Unsupported(f"cannot run {guest.path}: {error.strerror}") from error

@@ -26,13 +26,17 @@ from vnet_lock.model import (
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vnet_lock.audit import Audit
+    from vnet_lock.session import Healed
 
 AUDIT_ERROR = 3
 REFUSED = 4
 # What plan takes in the place of a guest: the keys of -netdev host.
 _PLAN_WORDS = ("mode", "dev", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
 _WATCH_S = 1.0
+_STAYS = "; the claims stay until it can be undone"
 # How often a host is looked at again that changes while we look.
 _MOST_LOOKS = 5
 
@@ -140,15 +144,39 @@ def gc(settings: Settings, args: Namespace) -> int:
         ]
         print(_dumps({"version": report_json.VERSION, "dry_run": args.dry_run, "healed": names}))
     else:
-        for one in healed:
-            what = ", ".join(each.resource.text for each in one.claims)
-            verb = "would heal" if args.dry_run else "could not heal" if one.failures else "healed"
-            print(f"{verb} {what}: left by {one.claims[0].owner.text}")
+        _print_healed(healed, args.dry_run)
         if not healed:
             print("nothing is stale")
     if failures:
-        raise VnetLockError("; ".join(failures) + "; the claims stay until it can be undone")
+        raise VnetLockError("; ".join(failures) + _STAYS)
     return 0
+
+
+def reap(settings: Settings, args: Namespace) -> int:
+    """Heal once, as gc does; with --follow as soon as an owner is dead, until we are told to end."""
+
+    def heal() -> None:
+        from vnet_lock.session import Session
+
+        healed = Session(settings).heal()
+        _print_healed(healed, dry_run=False)
+        failures = [failure for one in healed for failure in one.failures]
+        if failures:
+            raise VnetLockError("; ".join(failures) + _STAYS)
+
+    if not args.follow:
+        heal()
+        return 0
+    from vnet_lock.front import reaper
+
+    return reaper.follow(settings, heal)
+
+
+def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
+    for one in healed:
+        what = ", ".join(each.resource.text for each in one.claims)
+        verb = "would heal" if dry_run else "could not heal" if one.failures else "healed"
+        print(f"{verb} {what}: left by {one.claims[0].owner.text}")
 
 
 def vfs(settings: Settings, args: Namespace) -> int:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.front.command import serve
+from vnet_lock.front.program import become, find_program
 from vnet_lock.front.qemu_features import read_dialect
-from vnet_lock.front.supervisor import PROGRAM, Guest, Lifecycle, become, run_guest
+from vnet_lock.front.supervisor import PROGRAM, Guest, Lifecycle, run_guest
 from vnet_lock.model import Assignment, Intent, PciAddress, Plan, Refusal, Request
 from vnet_lock.planning import error_of
 from vnet_lock.qemu_argv import QemuArgv, read_argv
@@ -49,6 +50,7 @@ PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.
 Exit status: QEMU's own; before it runs, 1 failed, 2 bad usage or input, 4 refused: held by another,
 5 this host can't do it.
 """
+_INSTALL = "install QEMU, or name the program first"
 # What QEMU calls the machines whose kernel has another name for them.
 _TARGETS = {"i386": "i386", "i486": "i386", "i586": "i386", "i686": "i386", "arm64": "aarch64"}
 _TARGETS |= {"armv6l": "arm", "armv7l": "arm", "armv8l": "arm", "ppc64le": "ppc64", "loong64": "loongarch64"}
@@ -152,7 +154,7 @@ def run(
     name = command.name or argv.name or os.path.basename(command.program)
     # A name is part of one-line messages.
     name = "".join(letter if letter.isprintable() else "?" for letter in name)
-    guest = Guest(command.program, find_program(command.program), argv, name)
+    guest = Guest(command.program, find_program(command.program, _INSTALL), argv, name)
     if not argv.hosts:
         _become_plain(guest)
     return run_guest(settings, guest, open_session)
@@ -168,7 +170,8 @@ def _read_pid(args: Sequence[str]) -> int:
 
 def _become_plain(guest: Guest) -> NoReturn:
     """Nothing is ours in it: QEMU takes our place."""
-    become(guest, [word for option in guest.argv.options for word in option.words])
+    words = [word for option in guest.argv.options for word in option.words]
+    become(guest.path, [guest.program, *words])
 
 
 def parse(args: Sequence[str]) -> Command:
@@ -199,17 +202,6 @@ def parse(args: Sequence[str]) -> Command:
 def _default_program() -> str:
     machine = os.uname().machine
     return f"qemu-system-{_TARGETS.get(machine, machine)}"
-
-
-def find_program(program: str) -> str:
-    """Where it is, as a shell would find it; Unsupported where it isn't."""
-    folders = [""] if "/" in program else os.environ.get("PATH", os.defpath).split(":")
-    for folder in folders:
-        path = os.path.join(folder, program)
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
-    where = "" if "/" in program else " in PATH"
-    raise Unsupported(f'there is no program "{program}"{where}; install QEMU, or name the program first')
 
 
 def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) -> None:

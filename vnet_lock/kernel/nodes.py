@@ -17,7 +17,7 @@ from vnet_lock.kernel.sysfs import list_names, read_macvtap_rdev
 from vnet_lock.settings import Settings
 
 # include/uapi/linux/if_tun.h
-_TUNSETIFF = 0x400454CA
+_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TAP, _IFF_MULTI_QUEUE, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x0100, 0x1000, 0x4000
 # struct ifreq: a name of 16 bytes and a union, of which TUNSETIFF reads the first 16 bits.
 _IFREQ = struct.Struct("=16sH22x")
@@ -25,7 +25,7 @@ _IFREQ = struct.Struct("=16sH22x")
 _NODE = ".vnet-lock-"
 
 
-def open_macvtap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
+def open_macvtap(settings: Settings, ifname: str, queues: int = 1, has_header: bool = True) -> list[int]:
     """One descriptor for each queue of a macvtap, set up as QEMU and libvirt expect them.
 
     /dev/tap<ifindex> is never trusted: minors are global and ifindexes are not, so with two network
@@ -38,7 +38,7 @@ def open_macvtap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
     if rdev is None:
         raise Vanished(f"{ifname} is no macvtap of this network namespace; see: ip -d link show {ifname}")
     with _private_node(settings, ifname, rdev) as node:
-        return _open_queues(node, ifname, queues)
+        return _open_queues(node, ifname, queues, has_header)
 
 
 def try_node(settings: Settings) -> None:
@@ -63,7 +63,7 @@ def remove_nodes(settings: Settings, ifname: str) -> None:
                 raise VnetLockError(f"cannot remove {settings.dev}/{name}: {error.strerror}") from error
 
 
-def open_tap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
+def open_tap(settings: Settings, ifname: str, queues: int = 1, has_header: bool = True) -> list[int]:
     """One descriptor for each queue of a tap that exists.
 
     Vanished where there is none; VnetLockError where it is busy or was made for another number of queues.
@@ -71,7 +71,14 @@ def open_tap(settings: Settings, ifname: str, queues: int = 1) -> list[int]:
     # TUNSETIFF would make a device that isn't there.
     if not os.path.exists(f"{settings.sys}/class/net/{ifname}/tun_flags"):
         raise Vanished(f"{ifname} is no tap of this network namespace; see: ip -d link show {ifname}")
-    return _open_queues(f"{settings.dev}/net/tun", ifname, queues)
+    return _open_queues(f"{settings.dev}/net/tun", ifname, queues, has_header)
+
+
+def end_with_descriptor(descriptor: int) -> None:
+    """Make a tap go with the last descriptor that has it open, as one does that was never made to stay."""
+    import fcntl
+
+    fcntl.ioctl(descriptor, _TUNSETPERSIST, 0)
 
 
 def open_vhost_net(settings: Settings, count: int = 1) -> list[int]:
@@ -111,15 +118,16 @@ def _private_node(settings: Settings, ifname: str, rdev: int) -> Iterator[str]:
             os.unlink(node)
 
 
-def _open_queues(node: str, ifname: str, queues: int) -> list[int]:
-    """Open a tap's or macvtap's node once for each queue, with vnet headers and no packet information.
+def _open_queues(node: str, ifname: str, queues: int, has_header: bool) -> list[int]:
+    """Open a tap's or macvtap's node once for each queue, with or without vnet headers.
 
     These are the flags that libvirt sets (virNetDevMacVLanTapSetup, virNetDevTapCreate). A macvtap's queue
     only lets itself be switched off, which a guest with fewer queues needs, where IFF_MULTI_QUEUE is set.
     """
     import fcntl  # only when something is opened
 
-    flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+    flags = _IFF_TAP | _IFF_NO_PI | (_IFF_MULTI_QUEUE if queues > 1 else 0)
+    flags |= _IFF_VNET_HDR if has_header else 0
     request = _IFREQ.pack(ifname.encode(), flags)
     try:
         descriptors = _open_all(node, queues)
