@@ -30,7 +30,7 @@ _PASSING = re.compile(
     r"/(?:var/lib|run|var/run)/libvirt/qemu/(?:channel/(?:target/)?)?(?:domain-)?\d*-[^/,]*/"
 )
 # QEMU's name for a descriptor that it was given by -add-fd.
-_FDSET = re.compile(r"(?:/dev)/fdset/(\d+)")
+_FDSET = re.compile(r"/(?:dev)/fdset/(\d+)")
 _PROTOCOLS = {
     Backend.TAP: "tap",
     Backend.TAP_VHOST: "tap:vhost",
