@@ -200,7 +200,9 @@ def _acquire(session: Session, owner: Owner, intent: Intent, words: Words) -> tu
 
 def _explain(lines: Sequence[str]) -> None:
     for line in lines:
-        print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
+        # Names of other processes are in it.
+        shown = "".join(each if each.isprintable() else "?" for each in line)
+        print(f"{_PROGRAM}: {shown}", file=sys.stderr, flush=True)
 
 
 def _close(fds: list[int]) -> None:
