@@ -56,6 +56,11 @@ class Settings:
         return self.run + "/host.lock"
 
     @property
+    def reap_lock_path(self) -> str:
+        """The lock of the one process that follows the claims of this host."""
+        return self.run + "/reap.lock"
+
+    @property
     def guard_path(self) -> str:
         """The lock under which the claim table is read and written."""
         return self.run + "/guard"

@@ -268,6 +268,7 @@ def test_a_route_and_nat_are_asked_for_in_the_words_of_netdev_host():
     )
     intent = intent_of("--mode=nat --dhcp=on")
     assert (intent.devs, intent.dhcp) == ((), True)
+    assert intent.backends == (Backend.TAP_VHOST, Backend.TAP, Backend.PASST)
 
 
 @pytest.mark.parametrize(

@@ -180,5 +180,12 @@ def test_a_guest_that_needs_no_device_has_an_empty_plan():
     assert plan_text(Plan(())).startswith("nothing to claim")
 
 
+def test_a_user_network_is_planned_without_a_device():
+    intent = Intent("net0", Policy.NAT)
+    found = Plan((Assignment(intent, Combination.parse("nat-socket-passt"), ()),))
+    assert plan_text(found).splitlines()[1] == "net0       nat-socket-passt  none"
+    assert (plan_json(found)["plan"][0]["device"], plan_json(found)["plan"][0]["asked"]) == (None, "nat")
+
+
 def test_since_has_its_time_zone():
     assert since_iso(0) == "1970-01-01T05:30:00+05:30"

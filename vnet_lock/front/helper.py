@@ -156,6 +156,11 @@ def _connected(
     (grant,) = _acquire(session, owner, intent, words)
     fds: list[int] = []
     try:
+        if words.has("explain"):
+            from vnet_lock.front.report import plan_text  # 20 ms
+            from vnet_lock.model import Plan
+
+            _explain(plan_text(Plan((grant.assignment,))).splitlines())
         connection = session.connect(grant)
         fds += connection.descriptors
         if not fds:
@@ -181,7 +186,7 @@ def _connected(
 def _acquire(session: Session, owner: Owner, intent: Intent, words: Words) -> tuple[Grant, ...]:
     """One call for each interface, so what the owner has already stays."""
     try:
-        grants = session.acquire(owner, [intent], beside=True)
+        return session.acquire(owner, [intent], beside=True)
     except VnetLockError as error:
         passed_over = getattr(error, "__notes__", [])
         if words.has("explain"):
@@ -191,17 +196,13 @@ def _acquire(session: Session, owner: Owner, intent: Intent, words: Words) -> tu
         if unsaid:
             error.args = ("; ".join([str(error), *unsaid]),)
         raise
-    if words.has("explain"):
-        from vnet_lock.front.report import plan_text  # 20 ms
-        from vnet_lock.model import Plan
-
-        _explain(plan_text(Plan(tuple(grant.assignment for grant in grants))).splitlines())
-    return grants
 
 
 def _explain(lines: Sequence[str]) -> None:
     for line in lines:
-        print(f"{_PROGRAM}: {line}", file=sys.stderr, flush=True)
+        # Names of other processes are in it.
+        shown = "".join(each if each.isprintable() else "?" for each in line)
+        print(f"{_PROGRAM}: {shown}", file=sys.stderr, flush=True)
 
 
 def _close(fds: list[int]) -> None:

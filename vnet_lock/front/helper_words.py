@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from vnet_lock.combination import Backend
+from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.model import Intent
 
@@ -100,7 +100,8 @@ def read_intent(words: Words) -> Intent:
         # qemu-bridge-helper's own: a tap in that bridge, with a vnet header where it is asked for.
         values = {**values, "mode": ["veb"], "port": ["bridge"], "dev": [words.bridge or ""]}
     is_raw = words.has("raw") or (words.is_for_bridge and not words.use_vnet)
-    protocols = values.get("protocols") or [_usual(target, words.command, is_raw)]
+    is_nat = values.get("mode") == [Policy.NAT]
+    protocols = values.get("protocols") or [_usual(target, words.command, is_raw, is_nat)]
     keys = ["host", "id=net0"]
     for name in KEYS:
         for value in protocols if name == "protocols" else values.get(name, []):
@@ -119,8 +120,10 @@ def read_intent(words: Words) -> Intent:
     return replace(intent, backends=backends)
 
 
-def _usual(target: Target | None, command: Sequence[str], is_raw: bool) -> str:
+def _usual(target: Target | None, command: Sequence[str], is_raw: bool, is_nat: bool) -> str:
     """The protocols where none are named."""
+    if target is Target.MESSAGE and is_nat and not is_raw:
+        return "tap:vhost:user"  # whoever reads the message is told what it got
     if target is Target.TAP_ONLY:
         return "tap"
     if target is Target.COMMAND and "path" in _places(command):

@@ -30,7 +30,6 @@ _PROGRAM = "vnet-lock"
 _UNSETTLED_S = 1.0
 # What can't be undone now is tried again, each time after twice as long.
 _RETRY_S, _MOST_RETRY_S = 1.0, 60.0
-_LOCK = "reap.lock"
 
 
 def follow(settings: Settings, heal: Callable[[], None]) -> int:
@@ -148,7 +147,7 @@ class _Reaper:
 @contextmanager
 def _alone(settings: Settings) -> Iterator[None]:
     """A POSIX lock: its holder's pid can be asked for, it ends with the process, and no child has it."""
-    path = f"{settings.run}/{_LOCK}"
+    path = settings.reap_lock_path
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o644)
     try:

@@ -78,7 +78,7 @@ def plan_text(found: Plan | Refusal) -> str:
         (
             one.request.interface,
             one.combination.text if one.combination else "as libvirt does it",
-            one.device.text,
+            one.device.text if one.wanted else "none",
         )
         for one in found.assignments
     ]

@@ -144,7 +144,7 @@ def since_iso(since: float) -> str:
 def asked_text(request: Request) -> str:
     """What a request asks for, in a few words."""
     if isinstance(request, Intent):
-        return f"{request.policy} on {' or '.join(request.devs)}"
+        return f"{request.policy} on {' or '.join(request.devs)}" if request.devs else str(request.policy)
     return f"{request.form} of {request.device}"
 
 
@@ -175,7 +175,7 @@ def _assignment(one: Assignment) -> dict[str, Any]:
         "interface": one.request.interface,
         "asked": asked_text(one.request),
         "combination": one.combination.text if one.combination else None,
-        "device": one.device.text,
+        "device": one.device.text if one.wanted else None,
         "claims": [{"resource": item.resource.text, "mode": item.mode.value} for item in one.wanted],
         "rejected": [_rejection(rejected) for rejected in one.rejected],
     }
