@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 from vnet_lock.combination import Policy, Port
-from vnet_lock.errors import Refused, Unsupported
+from vnet_lock.errors import Refused, Unsupported, VnetLockError
+from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.model import Claim, Intent, Owner, OwnerKind
+from vnet_lock.ports import Job
+from vnet_lock.ports.macvtap import open_macvlan
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo
@@ -67,6 +70,24 @@ def test_a_macvlan_port_is_a_macvtap_in_the_policys_mode(
     assert made["inet6_addr_gen_mode"] == "none"
     assert Path(f"/dev/tap{made['ifindex']}").is_char_device()
     session.release(me())
+
+
+def test_a_macvlan_stands_beside_its_lower_device_in_another_namespace(
+    ip: Callable[[str], str], macvtap_works: None
+) -> None:
+    del macvtap_works
+    namespace, entries = make_namespace(DEFAULT), []
+    call_in(namespace, lambda: ip("link add low0 type veth peer name peer0"))
+    job = Job(DEFAULT, None, None, None, "0123456789abcdef", journal=entries.extend, sharing=None)  # type: ignore[arg-type]
+    opened = open_macvlan(job, "low0", "passthru", MAC, namespace)
+    assert (opened.netns, opened.mac, [entry.name for entry in entries]) == (namespace, MAC, [opened.netdev])
+    made = call_in(namespace, lambda: link(ip, opened.netdev or ""))
+    assert (made["link"], made["address"], made["linkinfo"]["info_kind"]) == ("low0", MAC, "macvlan")  # type: ignore[index]
+    assert {"UP", "ALLMULTI"} <= set(made["flags"])  # type: ignore[call-overload]
+    # What can't be made leaves the namespace to the caller.
+    with pytest.raises(VnetLockError, match="there is a device of that name"):
+        open_macvlan(job, "low0", "passthru", MAC, namespace)
+    os.close(namespace)
 
 
 def test_a_bridge_port_is_a_tap_in_the_bridge(session: Session, ip: Callable[[str], str]) -> None:

@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from vnet_lock.settings import DEFAULT
 
 __all__ = ["host"]
 
+VNET_LOCK = str(Path(sys.executable).with_name("vnet-lock"))
 PEER, GUEST = "10.9.9.1", "10.9.9.2"
 NET = f"-netdev host,id=net0,mode=veb,dev=up0,protocols=socket,mac={MAC}"
 IDLE = f"{QEMU} -name sock {NET} -device e1000,netdev=net0"
@@ -119,6 +121,9 @@ def test_the_guests_device_is_seen_by_nobody_and_goes_with_it(host: Host):
         namespace = os.open(f"/proc/{relay}/ns/net", os.O_RDONLY)
         assert inhabitants(namespace) == [relay]
         os.close(namespace)
+        # A use of up0 that its claim accounts for.
+        status = subprocess.run([VNET_LOCK, "status"], capture_output=True, text=True, check=False)
+        assert status.returncode == 0, status.stdout + status.stderr
         process.terminate()
         process.wait(timeout=20)
         eventually(lambda: not is_running(relay))

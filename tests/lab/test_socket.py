@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -105,6 +106,9 @@ def test_a_guest_has_the_whole_nic_and_the_host_gets_it_back(lab: Nic, guests: G
     wait_until(lambda: lab.function.netdev, "the NIC's device is back")
     assert vnet_lock("gc").returncode == 0
     assert describe(lab.pf) == looks
+    # The host's stack has found a router by itself, and so has an address.
+    wait_until(lambda: addresses(lab.pf), "the router has told its prefix")
+    run("ip", "address", "flush", "dev", lab.pf)
     again = start_still(guests, "again", f"mode=private,port=physdev,dev={lab.pf}")
     again.kill(signal.SIGTERM)
     again.wait(120)
@@ -123,6 +127,12 @@ def test_a_whole_nic_is_refused_while_the_host_or_a_guest_uses_it(lab: Nic, gues
     assert second.wait(120) == 4
     assert '"first"' in second.said
     assert first.process.poll() is None
+
+
+def addresses(netdev: str) -> list[object]:
+    """Those that reach beyond the link."""
+    (link,) = json.loads(run("ip", "-j", "address", "show", "dev", netdev).stdout)
+    return [one for one in link["addr_info"] if one["scope"] != "link"]
 
 
 def describe(netdev: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from vnet_lock.errors import VnetLockError
@@ -46,11 +47,7 @@ def open_macvlan(job: Job, lower: str, mode: str, mac: str, namespace: int | Non
 
     name, alias = link_name(job.token), ALIAS + job.token
     job.journal((MadeLink(name, name, alias),))
-    opened = Opened(
-        netdev=name, mac=mac, netns=make_namespace(job.settings) if namespace is None else namespace
-    )
-    at = opened.netns
-    assert at is not None  # noqa: S101 - set in the line above
+    at = make_namespace(job.settings) if namespace is None else namespace
     try:
         if namespace is None:
             netlink.add_macvlan(name, lower, mode, mac, alias, namespace=at)
@@ -59,9 +56,9 @@ def open_macvlan(job: Job, lower: str, mode: str, mac: str, namespace: int | Non
         call_in(at, lambda: netlink.set_link(name, up=True))
     except BaseException:
         if namespace is None:
-            opened.close()
+            os.close(at)
         raise
-    return opened
+    return Opened(netdev=name, mac=mac, netns=at)
 
 
 def link_name(token: str) -> str:
@@ -78,8 +75,6 @@ def is_link_name(name: str) -> bool:
 
 def random_mac() -> str:
     """A locally administered MAC under QEMU's and libvirt's usual prefix."""
-    import os
-
     return "52:54:00:" + ":".join(f"{byte:02x}" for byte in os.urandom(3))
 
 
@@ -88,8 +83,6 @@ def _wait_for_node(job: Job, netdev: str) -> None:
 
     A container's /dev may never have it; then whoever opens it makes a node of his own.
     """
-    import os
-
     with open(f"{job.settings.sys}/class/net/{netdev}/ifindex", encoding="ascii") as file:
         node = f"{job.settings.dev}/tap{int(file.read())}"
     deadline = time.monotonic() + _NODE_WAIT_S
