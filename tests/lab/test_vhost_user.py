@@ -139,7 +139,7 @@ def test_memory_that_is_plugged_in_is_the_networks_too(one: Machine) -> None:
     assert one.run(f"for try in 1 2 3 4 5 6 7 8 9; do {has_more} && break; sleep 1; done; {has_more}") == "0"
     # More than the memory that it had, so that what is sent and received now lies in the new.
     assert (
-        one.run("mkdir /big; mount -t tmpfs -o size=200m big /big; head -c 150000000 /dev/zero >/big/filler")
+        one.run("mkdir /big; mount -t tmpfs -o size=200m big /big; head -c 100000000 /dev/zero >/big/filler")
         == "0"
     )
     assert one.pings() == "3/3"
