@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.host import MAC, Host, eventually
 from tests.kernel.test_crash import VNET_LOCK, dice, killed_at, put_back, some_of
-from tests.kernel.test_wrapper import MAC, Host, eventually, host
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import Refused, VnetLockError
 from vnet_lock.journal import Entry
@@ -30,7 +30,7 @@ from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo
 
-__all__ = ["dice", "host"]  # fixtures
+__all__ = ["dice"]  # a fixture
 
 PORTS = [Port.NONE, Port.VETH_MACVLAN]
 ADDRESSES = ("192.0.2.7", "2001:db8::7")

@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.host import NIC, QEMU, Host, eventually
 from tests.kernel.test_crash import put_back
 from tests.kernel.test_routed import ADDRESSES, PORTS, assert_as, uplink
-from tests.kernel.test_wrapper import MACHINE, NIC, QEMU, Host, eventually, host, wait_for_line
+from tests.kernel.test_wrapper import MACHINE, wait_for_line
 from tests.lab import guest
 from vnet_lock.combination import Port
 from vnet_lock.kernel.netns import call_in
 
-__all__ = ["host", "uplink"]  # fixtures
+__all__ = ["uplink"]  # a fixture
 
 
 def network(port: Port, *addresses: str) -> str:

@@ -16,15 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.conftest import eventually
+from tests.kernel.host import MAC, QEMU, Host, children_of, eventually, is_running
 from tests.kernel.test_relay import inhabitants
-from tests.kernel.test_wrapper import MAC, MACHINE, QEMU, Host, active, children_of, host, is_running
+from tests.kernel.test_wrapper import MACHINE, active
 from tests.lab import guest
 from tests.lab.machines import Console
 from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.settings import DEFAULT
-
-__all__ = ["host"]
 
 VNET_LOCK = str(Path(sys.executable).with_name("vnet-lock"))
 PEER, GUEST = "10.9.9.1", "10.9.9.2"
