@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.kernel.host import EMPTY_FOR_EVER
 from tests.lab.machines import Console, Guests, PlainGuest
 from tests.wires import PORT, Outside, Wire, ip
 from vnet_lock.combination import COMBINATIONS, Backend, Combination, Policy, Port
@@ -300,7 +301,7 @@ class Footprint:
             if path.name in _SETTINGS
         }
         parts["run"] = sorted(
-            path.name for path in Path("/run/vnet-lock").rglob("*") if path.name not in _EMPTY_FOR_EVER
+            path.name for path in Path("/run/vnet-lock").rglob("*") if path.name not in EMPTY_FOR_EVER
         )
         parts["processes"] = _processes()
         return cls(parts)
@@ -320,8 +321,6 @@ class Footprint:
 
 
 _SETTINGS = ("forwarding", "accept_ra", "proxy_arp", "proxy_ndp", "rp_filter", "arp_ignore")
-# What stays in /run/vnet-lock: locks, and the directory of the claims.
-_EMPTY_FOR_EVER = ("claims", "guard", "host.lock")
 # What changes by itself: counters, times, whether a neighbour was just heard.
 _PASSING = frozenset(
     (

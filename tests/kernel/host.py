@@ -19,6 +19,8 @@ VNET_LOCK, VNET_QEMU, HELPER = (
     str(Path(sys.executable).with_name(name)) for name in ("vnet-lock", "vnet-qemu", "qemu-net-helper")
 )
 RUN = Path("/run/vnet-lock")
+# What stays in it: locks, and the directory of the claims.
+EMPTY_FOR_EVER = ("claims", "guard", "host.lock", "reap.lock")
 LINKS = ["br0", "lo", "peer0", "up0", "v0", "v1"]
 # A machine that does nothing: its CPU is stopped, so it costs no time of the host's.
 QEMU = "qemu-system-x86_64 -accel tcg -M q35 -m 32 -display none -S"
@@ -55,7 +57,7 @@ class Host:
     def is_clean(self) -> bool:
         """Nothing claimed, nothing made, nothing left in /run but what stays empty."""
         left = {path.name for path in RUN.glob("*")}
-        return not self.claims() and self.links() == LINKS and left <= {"claims", "guard", "reap.lock"}
+        return not self.claims() and self.links() == LINKS and left <= {*EMPTY_FOR_EVER}
 
     def helper(self, line: str, end: socket.socket | None = None, **more) -> subprocess.CompletedProcess[str]:
         """The helper; FD in the line is the number of ``end``."""
