@@ -26,7 +26,7 @@ from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.settings import DEFAULT
 
 SIZE_MB = 24
-ROUNDS = 5
+ROUNDS = 4
 MACHINE = (
     "qemu-system-x86_64 -accel tcg,thread=multi -cpu max -M q35 -m 192 -nodefaults -display none -no-reboot"
 )
