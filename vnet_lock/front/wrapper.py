@@ -42,8 +42,8 @@ Runs QEMU with its host networks opened, and claimed for as long as it runs:
 
 PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.
 
-  --print      show the resulting command and change nothing
-  --name NAME  the guest's name in vnet-lock status; without it, that of QEMU's -name
+  --print         show the resulting command and change nothing
+  --name NAME     the guest's name in vnet-lock status; without it, that of QEMU's -name
   --from-pid PID  show a running guest's command line as one that a person can run, libvirt's guests too
   --help, --version
 
