@@ -1,7 +1,7 @@
 """Throughput and latency of every combination, one guest with all of them in one run.
 
     python -m tests.bench.datapath --json FILE         what runs in namespaces of this machine
-    python -m tests.bench.datapath --lab --json FILE   what takes vhost-net or an SR-IOV NIC, inside the lab VM
+    python -m tests.bench.datapath --lab --json FILE   what takes vhost-net or an SR-IOV NIC, in the lab VM
     python -m tests.bench.datapath --report FILE...    docs/datapath.md and its chart from such files
 
 The guest opens every connection, so that one way of measuring serves all policies. An emulated CPU is slow,
@@ -67,7 +67,8 @@ def measure(name: str, where: str, console: Console, outside: Outside, wire: Wir
         _timed(console, listener, f"nc {peer} -e cat", lambda one: trips.extend(_echo(one)))
     made = Measured(name, where, bits / min(up), bits / min(down), statistics.median(trips) * 1e6)
     print(
-        f"{name:34} {made.from_guest_mbps:8.0f} {made.to_guest_mbps:8.0f} Mbit/s {made.round_trip_us:8.0f} us",
+        f"{name:34} {made.from_guest_mbps:8.0f} {made.to_guest_mbps:8.0f} Mbit/s"
+        f" {made.round_trip_us:8.0f} us",
         flush=True,
     )
     return made
@@ -235,11 +236,11 @@ def machine() -> str:
 _TEXT = """\
 # Throughput and latency of every combination
 
-Measured by `make bench-datapath`: one guest with all of the networks of a place, TCP by busybox's nc, {size_mb} MB
-each way (the best of {rounds} rounds), and the median of {trips} round trips of one byte. Everything runs under
-emulation (TCG), so the figures say nothing of real hardware: what counts is how the rows of one place compare.
-*lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` isn't there (the lab's NIC has no VEPA mode), nor
-is `private-physdev` (its cable leads to no server).
+Measured by `make bench-datapath`: one guest with all of the networks of a place, TCP by busybox's nc,
+{size_mb} MB each way (the best of {rounds} rounds), and the median of {trips} round trips of one byte.
+Everything runs under emulation (TCG), so the figures say nothing of real hardware: what counts is how the rows
+of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` isn't there (the lab's
+NIC has no VEPA mode), nor is `private-physdev` (its cable leads to no server).
 
 {hosts}
 
