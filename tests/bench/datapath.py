@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.bench.chart import write_chart
+from tests.kernel.host import VNET_LOCK
 from tests.lab.machines import Console, Guests
 from tests.policies import IN_NAMESPACES, VNET_QEMU, Case, Neighbour
 from tests.wires import Outside, Wire, ip
@@ -119,7 +120,7 @@ def running(cases: Sequence[Case], folder: Path, accel: str) -> Iterator[Neighbo
     """One guest with a network of each case."""
     guests = Guests(folder, accel=accel)
     with ExitStack() as stack:
-        stack.callback(subprocess.run, ["vnet-lock", "gc"], check=False, capture_output=True)
+        stack.callback(subprocess.run, [VNET_LOCK, "gc"], check=False, capture_output=True)
         for case in cases:
             case.open()
             stack.callback(case.close)
@@ -238,9 +239,9 @@ _TEXT = """\
 
 Measured by `make bench-datapath`: one guest with all of the networks of a place, TCP by busybox's nc,
 {size_mb} MB each way (the best of {rounds} rounds), and the median of {trips} round trips of one byte.
-Everything runs under emulation (TCG), so the figures say nothing of real hardware: what counts is how the rows
-of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` isn't there (the lab's
-NIC has no VEPA mode), nor is `private-physdev` (its cable leads to no server).
+Everything runs under emulation (TCG), so the figures say nothing of real hardware: what counts is how the
+rows of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` isn't there (the
+lab's NIC has no VEPA mode), nor is `private-physdev` (its cable leads to no server).
 
 {hosts}
 
