@@ -11,13 +11,14 @@ LAB_DEADLINE_S := 7200
 DEMO_DEADLINE_S := 2400
 ARGS :=
 
-.PHONY: help setup test $(RINGS) lab-shell demo bench lint clean
+.PHONY: help setup test $(RINGS) lab-shell demo bench bench-datapath lint clean
 
 help:
 	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
 	@echo 'make test        all tests; test-unit, test-kernel, test-lab: one ring'
 	@echo 'make lab-shell   a shell in that VM'
 	@echo 'make bench       speed and memory'
+	@echo 'make bench-datapath  throughput and latency of every combination, into docs/'
 	@echo 'make lint        ruff, mypy, import-linter'
 	@echo 'make setup       only the set-up that each of them does first'
 
@@ -51,6 +52,14 @@ demo: setup
 
 bench: setup
 	@$(PYTHON) -m tests.bench.run $(ARGS)
+
+# Beside each other: what this machine can do in namespaces, and what takes the lab VM; docs/datapath.md shows it.
+bench-datapath: setup
+	@mkdir -p .lab
+	$(SUDO) $(PYTHON) -m tests.bench.datapath --json .lab/datapath-namespaces.json
+	$(VM) --deadline $(DEMO_DEADLINE_S) -- sh -c \
+		'exec python -m tests.bench.datapath --lab --json "$$VNET_LAB_RESULTS/datapath.json"'
+	$(PYTHON) -m tests.bench.datapath --report .lab/datapath-namespaces.json .lab/last/datapath.json
 
 lint: setup
 	.venv/bin/ruff check .

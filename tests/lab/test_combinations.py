@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,14 @@ def outside(nic: Nic) -> Iterator[Outside]:
 @pytest.fixture(scope="module")
 def far_vf(nic: Nic, outside: Outside) -> Iterator[None]:
     """The first of all VFs is called ``far``, outside."""
+    del outside
+    with far_end(nic):
+        yield
+
+
+@contextmanager
+def far_end(nic: Nic) -> Iterator[None]:
+    """As the fixture; the namespace outside is there already."""
     far, *_ = nic.set_numvfs(7)
     netdev = far.netdev
     assert netdev
@@ -92,9 +101,11 @@ def far_vf(nic: Nic, outside: Outside) -> Iterator[None]:
     ip(f"link set {netdev} netns {OUTSIDE} name far")
     ip("link set far addrgenmode none", OUTSIDE)
     ip("link set far up", OUTSIDE)
-    yield
-    ip(f"link set far netns 1 name {netdev}", OUTSIDE)
-    settle()
+    try:
+        yield
+    finally:
+        ip(f"link set far netns 1 name {netdev}", OUTSIDE)
+        settle()
 
 
 def boot(cases: dict[Combination, Case], outside: Outside, folder: Path) -> Iterator[Pair]:
