@@ -10,7 +10,7 @@ import sys
 
 from tests.bench.row import Row
 
-PARTS = ("hook", "claims", "status", "wrapper", "helper")
+PARTS = ("hook", "claims", "status", "wrapper", "helper", "relay")
 
 
 def main() -> int:
