@@ -11,7 +11,7 @@ LAB_DEADLINE_S := 7200
 DEMO_DEADLINE_S := 2400
 ARGS :=
 
-.PHONY: help setup test $(RINGS) lab-shell demo bench bench-datapath lint clean
+.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-life lab-shell demo bench bench-datapath lint clean
 
 help:
 	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
@@ -39,10 +39,24 @@ test-kernel: setup
 	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" PYTHONDONTWRITEBYTECODE=1 \
 		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
 
+# Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; with ARGS one has it all.
+IN_LAB := $(VM) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" -- sh -c \
+	'exec python -m pytest -p no:cacheprovider -v --durations=10 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
+LAB_DATAPATH := $(addprefix tests/lab/test_,$(addsuffix .py,combinations policy routed socket vhost_user vlan))
+LAB_LIFE := $(filter-out $(LAB_DATAPATH),$(wildcard tests/lab/test_*.py))
+
 test-lab: setup
-	$(VM) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" -- sh -c \
-		'exec python -m pytest -p no:cacheprovider -v --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' \
-		pytest tests/lab $(ARGS)
+ifeq ($(ARGS),)
+	+@$(MAKE) --keep-going --no-print-directory -j2 test-lab-datapath test-lab-life
+else
+	$(IN_LAB) tests/lab $(ARGS)
+endif
+
+test-lab-datapath: setup
+	$(IN_LAB) $(LAB_DATAPATH) $(ARGS)
+
+test-lab-life: setup
+	$(IN_LAB) $(LAB_LIFE) $(ARGS)
 
 lab-shell: setup
 	@$(VM) --shell
