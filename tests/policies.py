@@ -10,7 +10,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -291,15 +292,11 @@ class Footprint:
             "neigh show proxy",
             "-6 neigh show proxy",
         ):
-            told = json.loads(ip(f"-json -details {words}" if words == "link" else f"-json {words}") or "[]")
-            parts[words] = [_lasting(one) for one in told]
+            details = "-details " if words in ("link", "address") else ""
+            told = json.loads(ip(f"-json {details}{words}") or "[]")
+            parts[words] = sorted((_lasting(one) for one in told), key=str)
         parts["nft"] = _nft()
-        parts["settings"] = {
-            str(path): path.read_text()
-            for family in ("ipv4", "ipv6")
-            for path in sorted(Path(f"/proc/sys/net/{family}/conf").glob("*/*"))
-            if path.name in _SETTINGS
-        }
+        parts["settings"] = dict(_settings())
         parts["run"] = sorted(
             path.name for path in Path("/run/vnet-lock").rglob("*") if path.name not in EMPTY_FOR_EVER
         )
@@ -320,6 +317,7 @@ class Footprint:
         }
 
 
+_ANEW = ("ifindex", "address", "permaddr")
 _SETTINGS = ("forwarding", "accept_ra", "proxy_arp", "proxy_ndp", "rp_filter", "arp_ignore")
 # What changes by itself: counters, times, whether a neighbour was just heard.
 _PASSING = frozenset(
@@ -331,9 +329,19 @@ _PASSING = frozenset(
 )
 
 
+def _settings() -> Iterator[tuple[str, str]]:
+    for family in ("ipv4", "ipv6"):
+        for path in sorted(Path(f"/proc/sys/net/{family}/conf").glob("*/*")):
+            if path.name in _SETTINGS:
+                with suppress(FileNotFoundError):  # a link that goes at this moment
+                    yield str(path), path.read_text()
+
+
 def _lasting(value: object) -> object:
     if isinstance(value, dict):
-        return {key: _lasting(one) for key, one in value.items() if key not in _PASSING}
+        # What a driver makes anew when it is bound again has another number, and a MAC of its own making.
+        anew = _ANEW if value.get("parentbus") == "pci" else ()
+        return {key: _lasting(one) for key, one in value.items() if key not in (*_PASSING, *anew)}
     return [_lasting(one) for one in value] if isinstance(value, list) else value
 
 

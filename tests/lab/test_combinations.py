@@ -108,7 +108,8 @@ def far_end(nic: Nic) -> Iterator[None]:
         settle()
 
 
-def boot(cases: dict[Combination, Case], outside: Outside, folder: Path) -> Iterator[Pair]:
+@contextmanager
+def booted(cases: dict[Combination, Case], outside: Outside, folder: Path) -> Iterator[Pair]:
     """Two guests on all of these, and everything as it was when they have ended."""
     guests = Guests(folder)
     for case in cases.values():
@@ -140,11 +141,12 @@ class _NONE:
 
 @pytest.fixture(scope="module")
 def on_wires(
-    outside: Outside, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    outside: Outside, far_vf: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     asked = asked_for(request, "wired")
     cases = {one: Case(one, Wire(number)) for number, one in enumerate(asked)}
-    yield from boot(cases, outside, tmp_path_factory.mktemp("wires"))
+    with booted(cases, outside, tmp_path_factory.mktemp("wires")) as pair:
+        yield pair
 
 
 @pytest.mark.parametrize("wired", ON_WIRES, ids=lambda one: one.text)
@@ -165,11 +167,9 @@ def test_guests_on_vfs_exchange_packets_and_the_policy_holds(
     nic: Nic, outside: Outside, far_vf: None, tmp_path: Path, group: list[Combination]
 ) -> None:
     cases: dict[Combination, Case] = {one: VfCase(one, VfWire(n, nic.pf)) for n, one in enumerate(group)}
-    running = boot(cases, outside, tmp_path)
-    pair = next(running)
-    for one in group:
-        pair.show(one)
-    assert next(running, None) is None
+    with booted(cases, outside, tmp_path) as pair:
+        for one in group:
+            pair.show(one)
 
 
 @pytest.mark.parametrize("refused", REFUSED, ids=lambda one: one.text)
@@ -243,9 +243,7 @@ def test_a_whole_nic_is_one_guests_who_exchanges_packets_by_it(
 
 def plain_nic(nic: Nic) -> str:
     """The lab's NIC that has no SR-IOV."""
-    names = [path.parent.name for path in Path("/sys/class/net").glob("*/device/driver")]
-    return next(name for name in names if name != nic.pf and _driver(name) == "e1000e")
-
-
-def _driver(netdev: str) -> str:
-    return Path(f"/sys/class/net/{netdev}/device/driver").resolve().name
+    drivers = {
+        path.parents[1].name: path.resolve().name for path in Path("/sys/class/net").glob("*/device/driver")
+    }
+    return next(name for name, driver in drivers.items() if name != nic.pf and driver == "e1000e")
