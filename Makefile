@@ -42,7 +42,7 @@ test-kernel: setup
 # Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; with ARGS one has it all.
 IN_LAB := $(VM) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" -- sh -c \
 	'exec python -m pytest -p no:cacheprovider -v --durations=10 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
-LAB_DATAPATH := $(addprefix tests/lab/test_,$(addsuffix .py,combinations policy routed socket vhost_queues vhost_user vlan))
+LAB_DATAPATH := $(addprefix tests/lab/test_,$(addsuffix .py,combinations combinations_vf policy routed socket vhost_queues vhost_user vlan))
 LAB_LIFE := $(filter-out $(LAB_DATAPATH),$(wildcard tests/lab/test_*.py))
 
 test-lab: setup

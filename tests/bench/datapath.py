@@ -166,7 +166,8 @@ def in_namespaces() -> list[Measured]:
 def in_lab() -> list[Measured]:
     """What takes the lab VM, and libvirt's own interfaces beside it."""
     from tests.lab.nic import Nic
-    from tests.lab.test_combinations import ON_VFS, ON_WIRES, VfCase, VfWire, far_end
+    from tests.lab.test_combinations import ON_WIRES
+    from tests.lab.test_combinations_vf import ON_VFS, VfCase, VfWire, far_end
 
     nic = Nic(os.environ["VNET_LAB_PF"])
     outside = Outside()

@@ -1,68 +1,25 @@
-"""All combinations that need vhost-net or an SR-IOV NIC: packets, policies, and nothing left behind."""
+"""The combinations that need vhost-net, on wires: packets, policies with two guests, nothing left behind."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.lab.machines import Guests, PlainGuest
-from tests.lab.nic import Nic, run, settle, wait_until
+from tests.lab.machines import Guests
+from tests.lab.nic import Nic, run
 from tests.policies import HARDWARE, IN_LAB, Case, Footprint, Pair, start_pair
-from tests.wires import OUTSIDE, Outside, Wire, ip
-from vnet_lock.combination import Backend, Combination, Policy, Port
+from tests.wires import Outside, Wire
+from vnet_lock.combination import Combination
 
 # Two guests boot, on a machine that may have other things to do, too.
 pytestmark = pytest.mark.timeout(1800)
 
 ON_WIRES = tuple(one for one in IN_LAB if one.port not in HARDWARE)
-ON_VFS = tuple(one for one in IN_LAB if one.port is Port.SRIOV and one.policy is not Policy.VEPA)
-REFUSED = tuple(one for one in IN_LAB if one.port is Port.SRIOV and one.policy is Policy.VEPA)
-WHOLE = tuple(one for one in IN_LAB if one.port is Port.PHYSDEV)
-# The network of VFs is another than those of the wires, whose guests run still.
-VF_NETWORK = 100
-
-
-@dataclass(frozen=True, slots=True)
-class VfWire(Wire):
-    """The PF's embedded switch in the place of a wire: its far end is the PF's first VF, moved outside."""
-
-    pf: str
-
-    @property
-    def dev(self) -> str:
-        return self.pf
-
-    def open(self) -> None:
-        ip(f"address add {self.peer}/24 dev far", OUTSIDE)
-
-    def close(self) -> None:
-        ip(f"address delete {self.peer}/24 dev far", OUTSIDE)
-
-    def reflect(self, on: bool) -> None:
-        """An embedded switch does what its mode says."""
-
-
-@dataclass(frozen=True, slots=True)
-class VfCase(Case):
-    """A combination on VFs; a private guest has a VLAN that no other has."""
-
-    def vlan(self, host: int) -> int:
-        return 100 * host + self.wire.number
-
-    def more(self, host: int) -> list[str]:
-        return [f"vlan={self.vlan(host)}"] if self.combination.policy is Policy.PRIVATE else []
-
-    def face(self, host: int) -> None:
-        """Put the far end into the guest's VLAN, as whoever runs that network would."""
-        vlan = self.vlan(host) if self.combination.policy is Policy.PRIVATE else 0
-        ip(f"link set {self.wire.dev} vf 0 vlan {vlan}")
 
 
 @pytest.fixture(scope="module")
@@ -81,31 +38,6 @@ def outside(nic: Nic) -> Iterator[Outside]:
         yield made
     finally:
         made.close()
-
-
-@pytest.fixture(scope="module")
-def far_vf(nic: Nic, outside: Outside) -> Iterator[None]:
-    """The first of all VFs is called ``far``, outside."""
-    del outside
-    with far_end(nic):
-        yield
-
-
-@contextmanager
-def far_end(nic: Nic) -> Iterator[None]:
-    """As the fixture; the namespace outside is there already."""
-    far, *_ = nic.set_numvfs(7)
-    netdev = far.netdev
-    assert netdev
-    ip(f"link set {netdev} down")
-    ip(f"link set {netdev} netns {OUTSIDE} name far")
-    ip("link set far addrgenmode none", OUTSIDE)
-    ip("link set far up", OUTSIDE)
-    try:
-        yield
-    finally:
-        ip(f"link set far netns 1 name {netdev}", OUTSIDE)
-        settle()
 
 
 @contextmanager
@@ -141,7 +73,7 @@ class _NONE:
 
 @pytest.fixture(scope="module")
 def on_wires(
-    outside: Outside, far_vf: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    outside: Outside, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:
     asked = asked_for(request, "wired")
     cases = {one: Case(one, Wire(number)) for number, one in enumerate(asked)}
@@ -152,90 +84,3 @@ def on_wires(
 @pytest.mark.parametrize("wired", ON_WIRES, ids=lambda one: one.text)
 def test_guests_exchange_packets_and_the_policy_holds(on_wires: Pair, wired: Combination) -> None:
     on_wires.show(wired)
-
-
-@pytest.mark.parametrize("on_vf", ON_VFS, ids=lambda one: one.text)
-def test_guests_on_vfs_exchange_packets_and_the_policy_holds(
-    nic: Nic, outside: Outside, far_vf: None, tmp_path: Path, on_vf: Combination
-) -> None:
-    """One at a time: VFs of one PF are all on one wire."""
-    case = VfCase(on_vf, VfWire(VF_NETWORK, nic.pf))
-    with booted({on_vf: case}, outside, tmp_path) as pair:
-        pair.show(on_vf)
-
-
-@pytest.mark.parametrize("refused", REFUSED, ids=lambda one: one.text)
-def test_a_mode_that_the_nics_driver_has_not_is_refused_and_nothing_is_left(
-    nic: Nic, far_vf: None, tmp_path: Path, refused: Combination
-) -> None:
-    before = Footprint.read()
-    made = start(VfCase(refused, VfWire(0, nic.pf)), Guests(tmp_path), "refused")
-    assert made.wait(120) == 5, made.said
-    assert "has no VEPA mode that igb could set" in made.said
-    before.wait_until_again()
-
-
-def start(case: Case, guests: Guests, name: str) -> PlainGuest:
-    """A guest whose CPU stands still: what is shown is how it begins and ends."""
-    return guests.qemu(name, [*case.devices(2), "-S"], program=["vnet-qemu"])
-
-
-@pytest.mark.parametrize("combination", [*ON_WIRES, *ON_VFS], ids=lambda one: one.text)
-def test_twice_in_a_row_and_killed_the_second_time_nothing_is_left(
-    nic: Nic, outside: Outside, far_vf: None, tmp_path: Path, combination: Combination
-) -> None:
-    on_vf = combination.port is Port.SRIOV
-    case = VfCase(combination, VfWire(77, nic.pf)) if on_vf else Case(combination, Wire(77))
-    guests = Guests(tmp_path)
-    case.open()
-    try:
-        before = Footprint.read()
-        for name in ("first", "second"):
-            made = start(case, guests, name)
-            socket = made.console.log.with_suffix(".sock")
-            wait_until(lambda: socket.exists() or made.process.poll() is not None, "QEMU runs", 120)  # noqa: B023
-            assert made.process.poll() is None, made.said
-            if name == "first":
-                made.kill(signal.SIGTERM)
-                assert made.wait(120) == 0, made.said
-                before.wait_until_again(60)
-        guests.end()  # with SIGKILL: the wrapper, QEMU, all of its session
-        subprocess.run(["vnet-lock", "gc"], check=True, capture_output=True, timeout=120)
-        before.wait_until_again(60)
-    finally:
-        guests.end()
-        case.close()
-
-
-@pytest.mark.parametrize("whole", WHOLE, ids=lambda one: one.text)
-def test_a_whole_nic_is_one_guests_who_exchanges_packets_by_it(
-    nic: Nic, tmp_path: Path, whole: Combination
-) -> None:
-    """A NIC beside the SR-IOV one, whose cable leads to an address 10.0.2.2 that answers."""
-    dev = plain_nic(nic)
-    before = Footprint.read()
-    guests = Guests(tmp_path)
-    words = {Backend.VFIO: "vfio", Backend.SOCKET: "socket", Backend.SOCKET_VHOST: "socket:vhost"}
-    network = f"host,id=net0,mode=private,port=physdev,dev={dev},protocols={words[whole.backend]}"
-    devices = ["-netdev", network, "-device", "virtio-net-pci,netdev=net0,romfile="]
-    try:
-        made = guests.qemu("whole", devices, program=["vnet-qemu"], ip="10.0.2.15/24", ping="10.0.2.2")
-        assert made.console.ready(600)["ping"] == "3/3", made.said
-        second = guests.qemu("second", devices, program=["vnet-qemu"])
-        assert second.wait(120) == 4
-        assert "is held by" in second.said
-        made.kill(signal.SIGTERM)
-        assert made.wait(120) == 0
-        wait_until(lambda: Path(f"/sys/class/net/{dev}").exists(), f"{dev} is the host's again")
-        before.wait_until_again(60)
-    finally:
-        guests.end()
-        run("vnet-lock", "gc")
-
-
-def plain_nic(nic: Nic) -> str:
-    """The lab's NIC that has no SR-IOV."""
-    drivers = {
-        path.parents[1].name: path.resolve().name for path in Path("/sys/class/net").glob("*/device/driver")
-    }
-    return next(name for name, driver in drivers.items() if name != nic.pf and driver == "e1000e")
