@@ -363,6 +363,11 @@ def test_the_same_features_again_stop_nothing(served, front, memory, kick):
 
 
 @pytest.mark.parametrize("pairs", [2])
+def test_several_queues_are_offered_to_the_guest_where_there_are_some(front, pairs):
+    assert front.get(1) & 1 << 22
+
+
+@pytest.mark.parametrize("pairs", [2])
 def test_each_pair_of_rings_has_its_own_device_and_socket(served, front, memory, kick):
     running(front, memory, kick)
     assert served.packets.spreads[-1] == 1

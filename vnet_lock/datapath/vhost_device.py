@@ -25,6 +25,8 @@ _MRG_RXBUF, _VERSION_1 = 1 << 15, 1 << 32
 _OF_KERNEL = _MRG_RXBUF | 1 << 24 | 1 << 28 | 1 << 29 | _VERSION_1
 # CSUM, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, HOST_TSO4, HOST_TSO6: the packet socket's, by its header.
 _OFFLOADS = 1 << 0 | 1 << 1 | 1 << 7 | 1 << 8 | 1 << 11 | 1 << 12
+# VIRTIO_NET_F_MQ: QEMU itself answers a guest that uses it, but offers it only where its back-end does.
+_QUEUES = 1 << 22
 _NO_DESCRIPTOR = 1 << 8  # VHOST_USER_VRING_NOFD_MASK
 _MAX_RING = 1 << 15  # what a split ring can have
 _U64 = struct.Struct("=Q")
@@ -90,7 +92,7 @@ class Device:
     def __init__(
         self, offered: int, pairs: int, packets: Packets, take: Callable[[], Sequence[Kernel]]
     ) -> None:
-        self._offered = offered
+        self._offered = offered | (_QUEUES if pairs > 1 else 0)
         self._packets = packets
         self._take = take
         self._kernels: Sequence[Kernel] = ()
