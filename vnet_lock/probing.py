@@ -12,10 +12,10 @@ from functools import cached_property
 
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import VnetLockError
+from vnet_lock.ports.macvlan import MODES
 from vnet_lock.settings import Settings
 
 _ALIAS, _MAC = "vnet-lock:probe", "52:54:00:00:00:fe"
-_MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 
 
 class Probes:
@@ -130,7 +130,7 @@ class Probes:
                 return self.tap
             case Port.VETH_MACVLAN | Port.MACVLAN:
                 kind = "macvlan" if backend.has_socket else "macvtap"
-                return link or self.macvlan(kind, _MODES.get(policy, "passthru")) or self._own_node(backend)
+                return link or self.macvlan(kind, MODES.get(policy, "passthru")) or self._own_node(backend)
             case Port.SRIOV if not backend.has_socket:
                 return self.macvlan("macvtap", "passthru") or self._own_node(backend)
             case _:

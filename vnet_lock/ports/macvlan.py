@@ -11,7 +11,8 @@ from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import open_macvlan, open_macvtap, random_mac
 from vnet_lock.ports.vlan import open_vlan, vlan_wanted, why_no_vlan
 
-_MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
+# What the kernel calls the mode of a macvlan of each policy.
+MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
@@ -43,7 +44,7 @@ def open_port(job: Job) -> Opened:
     """Make the macvtap, or for a packet socket the macvlan."""
     combination = job.assignment.combination
     make = open_macvlan if combination and combination.backend.has_socket else open_macvtap
-    return make(job, open_lower(job), _MODES[job.intent.policy], job.intent.mac or random_mac())
+    return make(job, open_lower(job), MODES[job.intent.policy], job.intent.mac or random_mac())
 
 
 def open_lower(job: Job) -> str:
