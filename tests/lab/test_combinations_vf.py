@@ -25,8 +25,6 @@ pytestmark = pytest.mark.timeout(1800)
 ON_VFS = tuple(one for one in IN_LAB if one.port is Port.SRIOV and one.policy is not Policy.VEPA)
 REFUSED = tuple(one for one in IN_LAB if one.port is Port.SRIOV and one.policy is Policy.VEPA)
 WHOLE = tuple(one for one in IN_LAB if one.port is Port.PHYSDEV)
-# Begun, and not yet seen to hold all of them: some pass, and why the others don't isn't known.
-not_shown = pytest.mark.xfail(run=False, reason="not shown yet in the lab")
 # Their network is another than those of wires.
 VF_NETWORK = 100
 
@@ -92,7 +90,6 @@ def far_end(nic: Nic) -> Iterator[None]:
         settle()
 
 
-@not_shown
 @pytest.mark.parametrize("on_vf", ON_VFS, ids=lambda one: one.text)
 def test_guests_on_vfs_exchange_packets_and_the_policy_holds(
     nic: Nic, outside: Outside, far_vf: None, tmp_path: Path, on_vf: Combination
@@ -119,7 +116,6 @@ def start(case: Case, guests: Guests, name: str) -> PlainGuest:
     return guests.qemu(name, [*case.devices(2), "-S"], program=["vnet-qemu"])
 
 
-@not_shown
 @pytest.mark.parametrize("combination", [*ON_WIRES, *ON_VFS], ids=lambda one: one.text)
 def test_twice_in_a_row_and_killed_the_second_time_nothing_is_left(
     nic: Nic, outside: Outside, far_vf: None, tmp_path: Path, combination: Combination
@@ -147,7 +143,6 @@ def test_twice_in_a_row_and_killed_the_second_time_nothing_is_left(
         case.close()
 
 
-@not_shown
 @pytest.mark.parametrize("whole", WHOLE, ids=lambda one: one.text)
 def test_a_whole_nic_is_one_guests_who_exchanges_packets_by_it(
     nic: Nic, tmp_path: Path, whole: Combination
