@@ -298,7 +298,9 @@ class Footprint:
         parts["nft"] = _nft()
         parts["settings"] = dict(_settings())
         parts["run"] = sorted(
-            path.name for path in Path("/run/vnet-lock").rglob("*") if path.name not in EMPTY_FOR_EVER
+            path.name
+            for path in Path("/run/vnet-lock").rglob("*")
+            if path.name not in EMPTY_FOR_EVER and path.suffix != ".lock"
         )
         parts["processes"] = _processes()
         return cls(parts)
@@ -311,10 +313,15 @@ class Footprint:
             time.sleep(0.1)
 
     def difference(self, other: Footprint) -> dict[str, tuple[object, object]]:
-        """What is not the same."""
-        return {
-            key: (value, other.parts[key]) for key, value in self.parts.items() if value != other.parts[key]
-        }
+        """What is not the same: of lists, what is in one of them alone."""
+        found: dict[str, tuple[object, object]] = {}
+        for key, mine in self.parts.items():
+            theirs = other.parts[key]
+            if mine != theirs:
+                found[key] = (mine, theirs)
+                if isinstance(mine, list) and isinstance(theirs, list):
+                    found[key] = [x for x in mine if x not in theirs], [x for x in theirs if x not in mine]
+        return found
 
 
 _ANEW = ("ifindex", "address", "permaddr")

@@ -457,7 +457,8 @@ class Intent:
     ``ports`` and ``backends`` are in order of preference, empty means the usual order.
     ``ifname`` is the name that a macvtap or tap is to have.
     ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
-    ``raw`` asks a tap for plain frames, without a vnet header before each.
+    ``raw`` asks a tap for plain frames, without a vnet header before each. ``datagrams`` asks a socket for a
+    datagram a frame, which any program understands, where QEMU is faster with a stream.
     """
 
     interface: str
@@ -472,6 +473,7 @@ class Intent:
     addresses: tuple[str, ...] = ()
     dhcp: bool = False
     raw: bool = False
+    datagrams: bool = False
 
 
 Request = Fixed | Intent
