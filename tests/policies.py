@@ -114,6 +114,8 @@ class Neighbour:
     def configure(self, case: Case) -> None:
         """Give its device of a combination the address, and the route, that the policy takes."""
         one, wire = case.combination, case.wire
+        # Several of its networks may be one Ethernet: each answers for its own address alone.
+        self.run("cd /proc/sys/net/ipv4/conf/all; echo 1 >arp_ignore; echo 2 >arp_announce")
         nic = f"$(grep -l {case.mac(self.host)} /sys/class/net/*/address | cut -d/ -f5)"
         if one.policy is Policy.ROUTE:
             self.run(
