@@ -180,6 +180,45 @@ def test_nothing_is_left_of_a_qemu_that_is_killed(one: Machine) -> None:
     assert "@up0" not in run("ip", "link").stdout
 
 
+# What a program does that gets its network from the helper, and then becomes an unmodified QEMU.
+GETS_NETWORK = """
+import json, os, socket, subprocess, sys
+ours, its = socket.socketpair()
+words = ["--mode=veb", "--port=macvlan", "--dev=up0", "--protocols=socket,vhost"]
+fd = its.fileno()
+subprocess.run(["qemu-net-helper", f"--socketpair={fd}", *words], pass_fds=[fd], check=True)
+line, fds, *_ = socket.recv_fds(ours, 65536, 16)
+for fd in fds:
+    os.set_inheritable(fd, True)
+answer = json.loads(line)
+print(answer["combination"], answer["fds"], flush=True)
+argv = sys.argv[1:]
+at = argv.index("-m")
+memory = argv[at + 1]
+argv[at : at + 2] = [word.format(*fds, memory=memory + "M") for word in answer["qemu"]]
+argv += ["-device", "virtio-net-pci,netdev=net0,romfile=,mac=" + answer["mac"]]
+os.execvp("qemu-system-x86_64", ["qemu-system-x86_64", *argv])
+"""
+
+
+def test_an_unmodified_qemu_gets_it_from_the_helper(guests: Guests) -> None:
+    wire = Wire()
+    try:
+        program = ["python", "-c", GETS_NETWORK]
+        made = guests.qemu("helped", [], program=program, ip=f"{GUEST}/24", ping=ADDRESS)
+        assert made.console.ready(READY_S * 3)["ping"] == "3/3", made.said
+        assert made.said.startswith("veb-macvlan-socket+vhost ['keep']")
+        assert len(back_ends()) == 2
+        made.kill()
+        made.wait()
+        wait_until(lambda: not back_ends(), "the back-end is gone")
+        assert "nic:up0" in run("vnet-lock", "gc").stdout
+        assert not list(Path("/run/vnet-lock/claims").iterdir())
+    finally:
+        guests.end()
+        wire.close()
+
+
 def test_a_vf_in_a_namespace_of_its_own_carries_packets(lab: Nic, guests: Guests, tmp_path: Path) -> None:
     from vnet_lock.backends import socket_vhost
     from vnet_lock.combination import Combination
