@@ -27,8 +27,8 @@ class Settings:
     free_wait_s: float = 5.0
     # How long the guard, a PF's lock and the host's are waited for.
     guard_wait_s: float = 5.0
-    pf_wait_s: float = 20.0
-    host_wait_s: float = 20.0
+    pf_wait_s: float = 60.0
+    host_wait_s: float = 60.0
 
     @classmethod
     def under(cls, root: Path | str) -> Settings:
