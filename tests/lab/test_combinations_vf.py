@@ -105,6 +105,7 @@ def pair(
     """Two guests that are on VFs by each of some combinations."""
     with booted(vf_cases(nic, request.param), outside, tmp_path_factory.mktemp("vfs")) as made:
         yield made
+        ip(f"link set {nic.pf} vf 0 vlan 0")
 
 
 def vf_cases(nic: Nic, combinations: Sequence[Combination]) -> dict[Combination, Case]:
