@@ -247,7 +247,7 @@ def _show_vepa(pair: Pair, case: Case) -> None:
 def _show_private(pair: Pair, case: Case) -> None:
     """Neighbours don't reach each other, whatever the switch does."""
     _show_peer(pair, case)
-    for on in (False, True):
+    for on in case.wire.REFLECTIONS:
         case.wire.reflect(on)
         assert _ping_each_other(pair, case) == {_NONE}
 

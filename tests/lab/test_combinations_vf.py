@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -36,6 +37,8 @@ VF_NETWORK = 100
 @dataclass(frozen=True, slots=True)
 class VfWire(Wire):
     """The PF's embedded switch in the place of a wire: its far end is the PF's first VF, moved outside."""
+
+    REFLECTIONS: ClassVar = (False,)
 
     pf: str
 
