@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-    from vnet_lock.model import Owner, Request
+    from vnet_lock.model import Owner, Plan, Refusal, Request
 
 # libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
 # is given up and undone; what isn't undone within the second is left to the claim's journal. A prepare takes
@@ -33,6 +33,9 @@ _FAIL_CLOSED = ("prepare", "start")
 
 class Guards(Protocol):
     """What the hook needs of a session."""
+
+    def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
+        """Say what a guest would get; change nothing."""
 
     def acquire(self, owner: Owner, requests: Iterable[Request]) -> object:
         """Claim and make what a guest needs before it starts."""
@@ -62,13 +65,17 @@ class DeadlinePassed(BaseException):
 
 
 class Call(NamedTuple):
-    """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it."""
+    """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it.
+
+    A user's own daemon (qemu:///session) calls the same hook, which then is no root, and can claim nothing.
+    """
 
     settings: Settings
     daemon_pid: int
     guest: str
     operation: str
     xml: bytes
+    is_root: bool = True
 
 
 def main(argv: Sequence[str], stdin: BinaryIO) -> int:
@@ -78,7 +85,8 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     and libvirt's own arguments: the guest's name, the operation, and two more.
     """
     root, daemon_pid, guest, operation = argv[:4]
-    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read())
+    is_root = not os.geteuid() or bool(root)
+    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
     arm_deadline(operation, report)
     status = answer(call, _open_session, report)
@@ -115,6 +123,10 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     """
     if call.operation not in ("prepare", "start", "reconnect", "stopped", "release"):
         return
+    if not call.is_root:
+        if call.operation == "prepare":
+            _check_for_user(call, open_session)
+        return
     from vnet_lock import domain_xml
     from vnet_lock.model import Fixed
 
@@ -145,6 +157,28 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         session.acquire(owner, requests)
     else:
         session.adopt(owner, requests)
+
+
+def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+    """Refuse a user's own guest what another has, and what takes root to make; it gets no claim.
+
+    A device that root has given to the user by VFIO is his to use, and is seen to be used by who claims.
+    """
+    from vnet_lock import domain_xml
+    from vnet_lock.model import Intent, Refusal
+
+    requests = domain_xml.read_guest(call.xml).requests
+    for request in requests:
+        if isinstance(request, Intent):
+            raise VnetLockError(
+                f"{request.interface}: networks of the host are root's to give; have guest"
+                f" \"{call.guest}\" in qemu:///system, or give it an <interface type='user'>"
+            )
+    found = open_session(call.settings).plan(requests)
+    if isinstance(found, Refusal):
+        from vnet_lock.planning import error_of
+
+        raise error_of(found)
 
 
 def _owner(call: Call, uuid: str) -> Owner:
