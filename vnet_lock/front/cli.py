@@ -112,6 +112,7 @@ def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("guest", metavar="GUEST.xml", nargs="?", help="libvirt's domain XML (- for stdin)")
     verb.add_argument("--mode", help=f"the policy: {', '.join(Policy)} (bridge is veb)")
     verb.add_argument("--dev", action="append", help="a network device or PCI address; several in order")
+    verb.add_argument("--pool", metavar="NAME", help="VFs of this pool, in the place of --dev")
     verb.add_argument("--port", help=f"the kernel implementation: {', '.join(Port)}")
     verb.add_argument("--protocols", metavar="A:B:C", help="of tap, socket, vhost, vfio, user, in order")
     verb.add_argument("--vlan", help="a VLAN, 1 to 4094")

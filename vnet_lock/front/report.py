@@ -256,6 +256,10 @@ def _device_lines(audit: Audit, resource: Resource) -> Iterator[str]:
     if function:
         group = "none" if function.iommu_group is None else function.iommu_group
         yield f"driver {function.driver or 'none'}, netdev {function.netdev or 'none'}, IOMMU group {group}"
+        if pools := audit.pools.get(resource):
+            yield f"in {'pool' if len(pools) == 1 else 'pools'} {', '.join(pools)}"
+        if audit.state_of(resource).standing is Standing.LEFT:
+            yield "left to the host by its configuration"
     elif nic:
         yield f"{nic.kind}, {nic.mac}, {'up' if nic.up else 'down'}"
     elif resource.kind is ResourceKind.IP:

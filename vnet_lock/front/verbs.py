@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 AUDIT_ERROR = 3
 REFUSED = 4
 # What plan takes in the place of a guest: the keys of -netdev host.
-_PLAN_WORDS = ("mode", "dev", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
+_PLAN_WORDS = ("mode", "dev", "pool", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
 _WATCH_S = 1.0
 _STAYS = "; the claims stay until it can be undone"
 # How often a host is looked at again that changes while we look.
