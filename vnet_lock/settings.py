@@ -70,6 +70,10 @@ class Settings:
         """The lock of the one process that follows the claims of this host."""
         return self.run + "/reap.lock"
 
+    def looked_path(self, pid: int) -> str:
+        """The note of libvirt's daemon with this pid that it has looked for hooks; hooks/daemon writes it."""
+        return f"{self.run}/{pid}.hooks"
+
     @property
     def guard_path(self) -> str:
         """The lock under which the claim table is read and written."""

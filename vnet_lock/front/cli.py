@@ -69,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--dry-run", action="store_true", help="only say which")
     _add_json(verb)
 
+    verb = add("doctor", "check the installation: configuration, hooks, daemons, confinement, kernel")
+    _add_json(verb)
+
     verb = add("reap", "heal claims whose owner is dead, once, or as soon as it is")
     verb.add_argument("--follow", action="store_true", help="go on until SIGTERM: one process for a host")
 

@@ -152,6 +152,19 @@ def gc(settings: Settings, args: Namespace) -> int:
     return 0
 
 
+def doctor(settings: Settings, args: Namespace) -> int:
+    """The installation, checked; AUDIT_ERROR where something is an error."""
+    from vnet_lock.front.doctor import Health, examine
+
+    checks = [*examine(settings)]
+    if args.json:
+        found = [{"health": one.health.value, "check": one.kind, "message": one.message} for one in checks]
+        print(_dumps({"version": report_json.VERSION, "checks": found}))
+    else:
+        print(report.checks_text(checks, _style(sys.stdout)))
+    return AUDIT_ERROR if any(one.health is Health.ERROR for one in checks) else 0
+
+
 def reap(settings: Settings, args: Namespace) -> int:
     """Heal once, as gc does; with --follow as soon as an owner is dead, until we are told to end."""
 
