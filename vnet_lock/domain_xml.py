@@ -247,11 +247,9 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
     if not _ALIAS.fullmatch(alias):
         raise BadInput(f"metadata: <interface> with alias {alias!r}: libvirt's user aliases are like ua-net0")
     if unknown := [str(name) for name in element.attrib if name not in _KNOWN]:
-        raise BadInput(f"{what}: {unknown[0]} is unknown; there are {', '.join(_KNOWN[:-1])}")
+        raise BadInput(f"{what}: {unknown[0]} is unknown; there are {', '.join(_KNOWN)}")
     if len(element):
         raise BadInput(f"{what}: <{_plain(element[0])}> is unknown; an intent has attributes only")
-    if element.get("pool") is not None:
-        raise BadInput(f"{what}: pools are not supported yet; name the device with dev=")
     policy, ports, backends = _read_combinations(element, what)
     target = interfaces.get(alias)
     if target is None:
@@ -262,7 +260,7 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
     return Intent(
         interface=alias,
         policy=policy,
-        devs=_read_devs(element, policy, what),
+        devs=_read_devs(element, what),
         ports=ports,
         backends=backends,
         mac=_read_mac(target, what),
@@ -271,13 +269,15 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
         ifname=_attribute(target, "target", "dev"),
         addresses=_read_addresses(element, policy, what),
         dhcp=_read_dhcp(element, policy, what),
+        pool=element.get("pool"),
     )
 
 
-def _read_devs(element: Element, policy: Policy, what: str) -> tuple[str, ...]:
+def _read_devs(element: Element, what: str) -> tuple[str, ...]:
+    """The devices that are named; without any, and without a pool, the host may have a default."""
     devs = tuple(element.get("dev", "").split())
-    if not devs and policy is not Policy.NAT:
-        raise BadInput(f"{what}: dev= is missing; name a network device or a PCI address")
+    if devs and element.get("pool") is not None:
+        raise BadInput(f"{what}: dev= and pool= exclude each other; leave one")
     for dev in devs:
         if not is_ifname(dev) and not _is_pci(dev):
             raise BadInput(f"{what}: dev {dev!r} is neither a network device's name nor a PCI address")

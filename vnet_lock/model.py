@@ -459,6 +459,8 @@ class Intent:
     ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
     ``raw`` asks a tap for plain frames, without a vnet header before each. ``datagrams`` asks a socket for a
     datagram a frame, which any program understands, where QEMU is faster with a stream.
+    ``pool`` names VFs in the place of ``devs``, which the host's configuration fills in, with the indices of
+    the VFs that may be chosen (``vfs``, None for any).
     """
 
     interface: str
@@ -474,6 +476,15 @@ class Intent:
     dhcp: bool = False
     raw: bool = False
     datagrams: bool = False
+    pool: str | None = None
+    vfs: frozenset[int] | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it wants to be, in words; empty where it names nothing."""
+        if self.pool is not None:
+            return f"in pool {self.pool}"
+        return f"on {' or '.join(self.devs)}" if self.devs else ""
 
 
 Request = Fixed | Intent

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
@@ -50,6 +50,9 @@ from vnet_lock.ports import Job, Opened, Share
 from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
 
+if TYPE_CHECKING:
+    from vnet_lock.config import Config
+
 T = TypeVar("T")
 
 _RETRY_S = 0.05
@@ -83,10 +86,19 @@ class Healed:
 
 
 class Session:
-    """Everything that a front does to claims and devices."""
+    """Everything that a front does to claims and devices.
+
+    A configuration that can't be read keeps nothing from being given back, but nothing new is given out.
+    """
 
     def __init__(self, settings: Settings = DEFAULT) -> None:
-        self.settings = settings
+        self._config: Config | None = None
+        self._config_error: VnetLockError | None = None
+        try:
+            self._config = _read_config(settings)
+        except VnetLockError as error:
+            self._config_error = error
+        self.settings = settings = self._config.tune(settings) if self._config else settings
         self.table = ClaimTable(settings)
         self._me = processes.this_process(settings)
         self._back = GivingBack(settings, self.table, self._me)
@@ -95,11 +107,13 @@ class Session:
 
     def plan(self, requests: Iterable[Request], owner: Owner | None = None) -> Plan | Refusal:
         """What would be done now; changes nothing."""
-        requests = tuple(requests)
+        requests = self._resolve(requests)
         claims = self.table.read()
         stale = frozenset(Liveness(self.settings).stale(claims))
-        situation = self._situation(self._observe(requests, _needs_vlans(requests, claims)), owner, requests)
-        return plan(requests, replace(situation, claims=claims, stale=stale))
+        inventory = self._observe(requests, _needs_vlans(requests, claims))
+        situation = self._situation(inventory, owner, requests)
+        left = self._left_to_host(inventory)
+        return plan(requests, replace(situation, claims=claims, stale=stale, left_to_host=left))
 
     # --- taking -------------------------------------------------------------------------------
 
@@ -110,7 +124,7 @@ class Session:
         take it. With ``beside`` it stays, and what is new comes to it: reserved by this process until
         ``activate``. Raises Refused, Unsupported, BadInput, or VnetLockError where the kernel refuses.
         """
-        requests = tuple(requests)
+        requests = self._resolve(requests)
         if not requests:
             return ()
         earlier = () if beside else self._undo_earlier(owner)
@@ -169,11 +183,12 @@ class Session:
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         return connection
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> list[str]:
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what libvirt itself set up for a guest that is about to run, or runs.
 
-        Only claims and VFIO descriptors of others count against it. Returns the resources that were
-        claimed anew; raises Refused where another guest has one.
+        Only claims and VFIO descriptors of others count against it, and for one that isn't ``running`` yet
+        what is left to the host. Returns the resources that were claimed anew; raises Refused where another
+        guest has one.
         """
         requests = tuple(requests)
         if not requests:
@@ -189,7 +204,7 @@ class Session:
             writer.add(added)
             return added
 
-        _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT)
+        _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT, running=running)
         return [claim.resource.text for claim in added]
 
     def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
@@ -328,6 +343,22 @@ class Session:
 
     # --- the steps ----------------------------------------------------------------------------
 
+    def _resolve(self, requests: Iterable[Request]) -> tuple[Request, ...]:
+        """With the devices that the configuration has for them; BadInput where that can't be told."""
+        config = self._require_config()
+        return tuple(map(config.resolve, requests)) if config else tuple(requests)
+
+    def _left_to_host(self, inventory: Inventory) -> frozenset[Resource]:
+        """VFs that no guest is to have."""
+        config = self._require_config()
+        return config.left_to_host(inventory) if config else frozenset()
+
+    def _require_config(self) -> Config | None:
+        """The configuration, None where there is none; raises what is wrong with it."""
+        if self._config_error:
+            raise self._config_error
+        return self._config
+
     def _observe(self, requests: tuple[Request, ...], vlans: bool) -> Inventory:
         devices: list[str] = []
         for request in requests:
@@ -408,6 +439,7 @@ class Session:
         *,
         beside: bool = False,
         ignored: frozenset[UseKind] = frozenset(),
+        running: bool = False,
     ) -> tuple[Inventory, T]:
         """Plan, and ``write`` what comes of it, under one guard.
 
@@ -423,6 +455,8 @@ class Session:
             inventory = self._observe(requests, vlans)
             situation = self._situation(inventory, owner, requests)
             situation = replace(situation, beside=beside, ignored=ignored)
+            if not running:
+                situation = replace(situation, left_to_host=self._left_to_host(inventory))
             with self.table.guarded() as writer:
                 claims = writer.read()
                 result = plan(requests, replace(situation, claims=claims))
@@ -563,6 +597,14 @@ class Session:
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
         return tuple(tokens)
+
+
+def _read_config(settings: Settings) -> Config | None:
+    if not os.path.lexists(settings.config_path):
+        return None
+    from vnet_lock.config import read_config  # 10 ms, for who has a file
+
+    return read_config(settings)
 
 
 def _backends_for(requests: Iterable[Request]) -> set[Backend]:

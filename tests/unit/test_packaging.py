@@ -19,7 +19,7 @@ from vnet_lock.model import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "reap", "vfs", "hooks")
+VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "doctor", "reap", "vfs", "hooks")
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:

@@ -22,10 +22,7 @@ if TYPE_CHECKING:
 
     from vnet_lock.model import Owner, Plan, Refusal, Request
 
-# libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
-# is given up and undone; what isn't undone within the second is left to the claim's journal. A prepare takes
-# a tenth of a second; on a host under full emulation and load 30 s were seen.
-DEADLINE_S = 40
+# What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
 _FAIL_CLOSED = ("prepare", "start")
@@ -40,7 +37,7 @@ class Guards(Protocol):
     def acquire(self, owner: Owner, requests: Iterable[Request]) -> object:
         """Claim and make what a guest needs before it starts."""
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> object:
         """Claim what libvirt has set up for a guest already."""
 
     def hand_over(self, old: Owner, new: Owner) -> None:
@@ -88,7 +85,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report)
+    arm_deadline(operation, report, _deadline_s(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -156,7 +153,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     if call.operation == "prepare":
         session.acquire(owner, requests)
     else:
-        session.adopt(owner, requests)
+        session.adopt(owner, requests, running=call.operation == "reconnect")
 
 
 def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
@@ -206,7 +203,15 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def arm_deadline(operation: str, report: Report, deadline_s: int = DEADLINE_S, undo_s: int = UNDO_S) -> None:
+def _deadline_s(settings: Settings) -> int:
+    if os.path.lexists(settings.config_path):
+        from vnet_lock.config import tuned  # 10 ms, for who has a file
+
+        settings = tuned(settings)
+    return max(1, int(settings.hook_s))
+
+
+def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = UNDO_S) -> None:
     """Raise DeadlinePassed in whatever runs after ``deadline_s``; end the process ``undo_s`` after that.
 
     Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut
