@@ -23,7 +23,20 @@ SIZE_LIMIT_BYTES = 8 * 1024 * 1024
 _FAMILY = "{urn:vnet-lock:guest"
 _GUEST = f"{{{NAMESPACE}}}guest"
 _INTERFACE = f"{{{NAMESPACE}}}interface"
-_KNOWN = ("alias", "policy", "dev", "port", "backends", "vlan", "queues", "ip", "dhcp", "pool")
+_KNOWN = (
+    "alias",
+    "policy",
+    "dev",
+    "port",
+    "backends",
+    "vlan",
+    "queues",
+    "ip",
+    "dhcp",
+    "mac",
+    "teaming",
+    "pool",
+)
 
 # libvirt keeps a user's alias only where it is like this (virDomainDeviceAliasIsUserAlias).
 _ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
@@ -229,9 +242,11 @@ def _read_intents(root: Element) -> list[Intent]:
     intents: dict[str, Intent] = {}
     for element in guests[0]:
         intent = _read_intent(element, interfaces)
+        if intent.hotplug and intent.interface in interfaces:
+            continue  # it has been plugged in: what libvirt has opened is read as that
         if intent.interface in intents:
             raise BadInput(f"interface {intent.interface}: its intent stands there twice")
-        if any(intent.ifname == other.ifname for other in intents.values()):
+        if intent.ifname and any(intent.ifname == other.ifname for other in intents.values()):
             raise BadInput(
                 f"interface {intent.interface}: <target dev='{intent.ifname}'> is another's already"
             )
@@ -254,6 +269,11 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
         raise BadInput(f"{what}: pools are not supported yet; name the device with dev=")
     policy, ports, backends = _read_combinations(element, what)
     target = interfaces.get(alias)
+    if backends == (Backend.VFIO,):
+        return _read_hotplug(element, alias, policy, interfaces)
+    for name in ("mac", "teaming"):
+        if element.get(name) is not None:
+            raise BadInput(f'{what}: {name}= is for a VF that is plugged in (backends="vfio")')
     if target is None:
         raise BadInput(f'{what}: no <interface> of the guest has <alias name="{alias}"/>')
     _check_target(target, what)
@@ -271,6 +291,47 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
         ifname=_attribute(target, "target", "dev"),
         addresses=_read_addresses(element, policy, what),
         dhcp=_read_dhcp(element, policy, what),
+    )
+
+
+def _read_hotplug(element: Element, alias: str, policy: Policy, interfaces: dict[str, Element]) -> Intent:
+    """A VF that libvirt is to plug in once the guest runs: an interface that the definition doesn't have.
+
+    Its MAC is that of the interface which stands by for it: the guest's failover driver goes by that.
+    """
+    what = f"interface {alias}"
+    target = interfaces.get(alias)
+    if target is not None and target.get("type") != "hostdev":
+        raise BadInput(
+            f"{what}: it is plugged in later, so no <interface> of the definition has its alias; where one is"
+            f' to stand by for it, give that an alias of its own, <teaming type="persistent"/>, and write'
+            f' teaming="ALIAS" here'
+        )
+    for name in ("queues", "ip", "dhcp"):
+        if element.get(name) is not None:
+            raise BadInput(f"{what}: a VF that is plugged in takes no {name}=")
+    mac = element.get("mac", "").lower()
+    teaming = element.get("teaming", "")
+    if teaming:
+        standby = interfaces.get(teaming)
+        if standby is None or _attribute(standby, "teaming", "type") != "persistent":
+            raise BadInput(
+                f'{what}: no <interface> with <alias name="{teaming}"/> has <teaming type="persistent"/>'
+            )
+        own, mac = mac, _attribute(standby, "mac", "address").lower()
+        if own and own != mac:
+            raise BadInput(f"{what}: teamed with {teaming} it has the same MAC address; leave mac= out")
+    vlan = element.get("vlan")
+    return Intent(
+        interface=alias,
+        policy=policy,
+        devs=_read_devs(element, policy, what),
+        ports=(Port.SRIOV,),
+        backends=(Backend.VFIO,),
+        mac=_checked_mac(mac, what),
+        vlan=None if vlan is None else _within(vlan, 1, 4094, f"{what}: vlan"),
+        hotplug=True,
+        teaming=teaming,
     )
 
 
@@ -325,13 +386,17 @@ def _read_combinations(element: Element, what: str) -> tuple[Policy, tuple[Port,
             raise BadInput(
                 f"{what}: policy {policy} has no port {port}; it has {', '.join(ports_of(policy))}"
             )
-    for backend in backends:
-        if backend is Backend.VFIO:
+    if Backend.VFIO in backends:
+        if backends != (Backend.VFIO,):
             raise Unsupported(
-                f"{what}: libvirt takes no vfio device late; write an <interface type='hostdev'> with the"
-                ' VF\'s address (it is claimed without any intent), or use backends="tap+vhost tap"'
+                f"{what}: a VF that is plugged in is another interface than a tap: vfio can't be one of"
+                " several backends; write an intent for each, with teaming= where one stands by for the other"
             )
-        if backend not in _LATE_BACKENDS:
+        if ports and ports != (Port.SRIOV,):
+            raise Unsupported(f'{what}: only VFs are plugged in; leave port= out, or write port="sriov"')
+        ports = (Port.SRIOV,)
+    for backend in backends:
+        if backend is not Backend.VFIO and backend not in _LATE_BACKENDS:
             raise Unsupported(
                 f'{what}: libvirt takes no backend {backend} late; use backends="tap+vhost tap"'
             )
@@ -363,7 +428,10 @@ def _check_target(target: Element, what: str) -> None:
 
 
 def _read_mac(target: Element, what: str) -> str | None:
-    mac = _attribute(target, "mac", "address").lower()
+    return _checked_mac(_attribute(target, "mac", "address").lower(), what)
+
+
+def _checked_mac(mac: str, what: str) -> str | None:
     if mac and not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac):
         raise BadInput(f"{what}: {mac!r} is no MAC address")
     return mac or None

@@ -137,6 +137,18 @@ class SocketFile:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """The process that is to finish an interface once the guest runs, by pid and start ticks since boot.
+
+    The entry goes when that is done. ``failure`` is why it could not be, empty as long as nothing failed.
+    """
+
+    pid: int
+    start_ticks: int
+    failure: str = ""
+
+
 Entry = (
     VfAdmin
     | Link
@@ -150,6 +162,7 @@ Entry = (
     | DhcpServer
     | EswitchMode
     | SocketFile
+    | Companion
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -164,6 +177,7 @@ _KINDS: dict[str, type[Entry]] = {
     "proxy-neighbour": ProxyNeighbour,
     "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
+    "companion": Companion,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 

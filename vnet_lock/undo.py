@@ -9,6 +9,7 @@ from typing import assert_never
 
 from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import (
+    Companion,
     DhcpServer,
     Driver,
     Entry,
@@ -82,6 +83,11 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
         case SocketFile():
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
+        case Companion():
+            from vnet_lock.kernel import background
+
+            process = Process(entry.pid, entry.start_ticks)
+            background.end(settings, process, "the process that was to plug a device into a guest")
         case VfAdmin():
             _restore_vf_admin(settings, entry)
         case Driver():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from vnet_lock.model import Owner, Request
+    from vnet_lock.session import Grant
 
 # libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
 # is given up and undone; what isn't undone within the second is left to the claim's journal. A prepare takes
@@ -34,7 +35,7 @@ _FAIL_CLOSED = ("prepare", "start")
 class Guards(Protocol):
     """What the hook needs of a session."""
 
-    def acquire(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
 
     def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
@@ -116,7 +117,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     if call.operation not in ("prepare", "start", "reconnect", "stopped", "release"):
         return
     from vnet_lock import domain_xml
-    from vnet_lock.model import Fixed
+    from vnet_lock.model import Fixed, Intent
 
     if call.operation in ("stopped", "release"):
         # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
@@ -142,7 +143,11 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
-        session.acquire(owner, requests)
+        grants = session.acquire(owner, requests)
+        if any(isinstance(one, Intent) and one.hotplug for one in requests):
+            from vnet_lock.front import companion  # 1 ms
+
+            companion.start_all(call.settings, owner, grants)
     else:
         session.adopt(owner, requests)
 
