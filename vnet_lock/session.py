@@ -234,8 +234,15 @@ class Session:
         for all of them at the end.
         """
         claims = self.table.read().of(owner)
-        tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        self._back.give_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
+        self.release_tokens(owner, (claim.token for claim in claims if claim.interface not in keep))
+
+    def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
+        """As ``release``, of some interfaces of a guest."""
+
+        def still(found: tuple[Claim, ...]) -> bool:
+            return all(claim.owner.is_same_guest(owner) for claim in found)
+
+        self._back.give_all(dict.fromkeys(tokens), still)
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
