@@ -437,7 +437,8 @@ class Fixed:
     """A device that the guest names and somebody else (libvirt) opens: to be claimed, not touched.
 
     ``is_interface`` tells whether it is known to be a network device: a plain hostdev may be a disk.
-    ``vlan`` is the one that libvirt will set, None where its XML names none.
+    ``vlan`` is the one that libvirt will set, None where its XML names none; ``policy`` the one that the
+    guest's metadata asks for, None where it doesn't.
     """
 
     interface: str
@@ -446,6 +447,7 @@ class Fixed:
     mac: str | None = None
     is_interface: bool = True
     vlan: int | None = None
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,13 @@ import pytest
 from lxml import etree
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
-from vnet_lock.domain_xml import NAMESPACE, SIZE_LIMIT_BYTES, read_guest, read_identity
+from vnet_lock.domain_xml import (
+    NAMESPACE,
+    SIZE_LIMIT_BYTES,
+    read_guest,
+    read_identity,
+    read_wishes,
+)
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.model import Fixed, Form, Intent, PciAddress
 
@@ -274,6 +280,13 @@ def intent(**attributes: str) -> str:
         (intent(policy="nat", dhcp="yes"), "dhcp 'yes' is neither on nor off"),
         (intent(dhcp="on"), "policy vepa has no DHCP server"),
         (intent(dev="", pool="fabric-a"), "pools are not supported yet; name the device with dev="),
+        (
+            intent(backends="vfio"),
+            "it is plugged in later, so no <interface> of the definition has its alias",
+        ),
+        (intent(teaming="ua-net0"), 'no <interface> with <alias name="ua-net0"/> has <teaming'),
+        (intent(alias="ua-net1", backends="vfio", ip="192.0.2.7"), "takes no ip="),
+        (intent(alias="ua-net1", backends="vfio", queues="2"), "takes no queues="),
         (intent(vlan="0"), "1 to 4094"),
         (intent(vlan="4095"), "1 to 4094"),
         (intent(vlan="x"), "1 to 4094"),
@@ -312,8 +325,7 @@ def test_what_is_no_intent_at_all_is_refused(intents: str) -> None:
 @pytest.mark.parametrize(
     ("backends", "said"),
     [
-        ("vfio", "<interface type='hostdev'>"),
-        ("tap vfio", "<interface type='hostdev'>"),
+        ("tap vfio", "vfio can't be one of several backends"),
         ("socket+vhost", 'use backends="tap+vhost tap"'),
         ("user", 'use backends="tap+vhost tap"'),
     ],
@@ -322,6 +334,78 @@ def test_a_backend_that_libvirt_takes_no_late_is_refused_with_what_to_use(backen
     with pytest.raises(Unsupported) as caught:
         read_guest(domain(ETHERNET, intent(backends=backends)))
     assert said in one_line(caught)
+
+
+TEAM = ETHERNET.replace("<alias", "<teaming type='persistent'/><alias")
+
+
+def test_a_vf_that_is_plugged_in_has_no_interface_and_the_mac_of_its_standby() -> None:
+    words = intent(alias="ua-vf0", policy="veb", backends="vfio", teaming="ua-net0", vlan="7")
+    standby, vf = read_guest(domain(TEAM, INTENT + words)).requests
+    assert isinstance(standby, Intent)
+    assert not standby.hotplug
+    assert vf == Intent(
+        "ua-vf0",
+        Policy.VEB,
+        ("eth0",),
+        (Port.SRIOV,),
+        (Backend.VFIO,),
+        "52:54:00:aa:00:01",
+        7,
+        hotplug=True,
+        teaming="ua-net0",
+    )
+    words = intent(policy="veb", backends="vfio", mac="52:54:00:AA:00:02")
+    (alone,) = read_guest(domain("", words)).requests
+    assert isinstance(alone, Intent)
+    assert (alone.mac, alone.hotplug) == ("52:54:00:aa:00:02", True)
+
+
+PLUGGED = """<interface type='hostdev'><mac address='52:54:00:aa:00:01'/>
+  <source><address bus='1' slot='16' function='0'/></source><alias name='ua-vf0'/></interface>"""
+
+
+def test_a_vf_that_is_plugged_in_already_is_not_asked_for_again() -> None:
+    words = intent(alias="ua-vf0", policy="veb", backends="vfio", teaming="ua-net0")
+    (fixed,) = read_guest(domain(TEAM + PLUGGED, words)).requests
+    assert isinstance(fixed, Fixed)
+    assert (fixed.interface, fixed.policy) == ("ua-vf0", Policy.VEB)
+
+
+RESOLVED = {
+    "direct": "<interface type='direct'><source dev='eth0' mode='vepa'/><alias name='ua-net0'/></interface>",
+    "hostdev": PLUGGED.replace("ua-vf0", "ua-net0"),
+    "bridge": "<interface type='bridge'><source bridge='br0'/><alias name='ua-net0'/></interface>",
+    "user": "<interface type='user'><alias name='ua-net0'/></interface>",
+    "pci": """<hostdev mode='subsystem' type='pci'><source><address bus='1' slot='0' function='0'/></source>
+      <alias name='ua-net0'/></hostdev>""",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "policy"),
+    [("direct", "vepa"), ("hostdev", "private"), ("bridge", "veb"), ("user", "nat"), ("pci", "private")],
+)
+def test_an_interface_that_is_resolved_already_is_libvirts_to_open(form: str, policy: str) -> None:
+    requests = read_guest(domain(RESOLVED[form], intent(policy=policy, backends="vfio tap"))).requests
+    assert not [one for one in requests if isinstance(one, Intent)]
+    assert [one.interface for one in requests] == ([] if form in ("bridge", "user") else ["ua-net0"])
+
+
+@pytest.mark.parametrize(
+    ("form", "policy"), [("bridge", "vepa"), ("user", "veb"), ("direct", "veb"), ("hostdev", "nat")]
+)
+def test_an_interface_that_is_resolved_to_something_else_than_its_intent_is_refused(form, policy) -> None:
+    with pytest.raises(BadInput, match=rf"interface ua-net0: .* no {policy}; .*vnet-lock resolve"):
+        read_guest(domain(RESOLVED[form], intent(policy=policy)))
+
+
+@pytest.mark.parametrize("kind", ["network", "vhostuser", "ethernet"])
+def test_who_writes_interfaces_anew_may_find_any_form_or_none(kind: str) -> None:
+    (wish,) = read_wishes(domain(f"<interface type='{kind}'><alias name='ua-net0'/></interface>", INTENT))
+    assert (wish.kind, wish.is_resolved, wish.intent.backends) == (kind, kind != "ethernet", ())
+    (wish,) = read_wishes(domain("", INTENT))
+    assert (wish.kind, wish.is_resolved) == ("", False)
 
 
 def test_a_port_without_any_tap_is_refused() -> None:
