@@ -149,6 +149,17 @@ class Companion:
     failure: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """The process that keeps up what serves a libvirt guest, whose QEMU inherits nothing of ours.
+
+    By pid and start ticks since boot. What serves the guest ends with it.
+    """
+
+    pid: int
+    start_ticks: int
+
+
 Entry = (
     VfAdmin
     | Link
@@ -163,6 +174,7 @@ Entry = (
     | EswitchMode
     | SocketFile
     | Companion
+    | Keeper
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -178,6 +190,7 @@ _KINDS: dict[str, type[Entry]] = {
     "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
     "companion": Companion,
+    "keeper": Keeper,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 

@@ -460,6 +460,7 @@ class Intent:
     ``ifname`` is the name that a macvtap or tap is to have.
     ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
     ``raw`` asks a tap for plain frames, without a vnet header before each.
+    ``socket`` is where a libvirt guest's QEMU looks for the socket of socket+vhost.
     ``hotplug`` leaves it to libvirt to plug the device in, once the guest runs; ``teaming`` is the alias of
     the interface then that stands by for it, empty for none.
     """
@@ -476,6 +477,7 @@ class Intent:
     addresses: tuple[str, ...] = ()
     dhcp: bool = False
     raw: bool = False
+    socket: str | None = None
     hotplug: bool = False
     teaming: str = ""
 

@@ -39,6 +39,9 @@ class Guards(Protocol):
     def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
 
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Have processes of ours serve a guest where its QEMU looks for sockets."""
+
     def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
         """Claim what libvirt has set up for a guest already."""
 
@@ -159,6 +162,8 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     session = open_session(call.settings)
     if call.operation == "prepare":
         grants = session.acquire(owner, requests)
+        if any(isinstance(one, Intent) and one.socket for one in requests):
+            session.serve(grants)
         if any(isinstance(one, Intent) and one.hotplug for one in requests):
             from vnet_lock.front import companion  # 1 ms
 
