@@ -275,7 +275,8 @@ def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Ass
     if twice:
         message = f"{request.interface}: {name_of(twice)} is named twice in this guest"
         return Refusal(request, RefusalKind.INVALID, message, twice)
-    tenancy = Tenancy(vlan=request.vlan) if request.vlan is not None else None
+    policy = request.policy if wanted[0].resource.kind is ResourceKind.VF else None
+    tenancy = None if request.vlan is None and policy is None else Tenancy(policy, request.vlan)
     obstacle = situation.obstacle(wanted, request.mac, tenancy)
     if obstacle:
         return Refusal(request, RefusalKind.HELD, obstacle.message, obstacle.resource, obstacle.holder)
@@ -287,7 +288,7 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
     policies = {Form.VEPA: Policy.VEPA, Form.PRIVATE: Policy.PRIVATE, Form.BRIDGE: Policy.VEB}
     if device.resource.kind is ResourceKind.VF:
         pf = inventory.pf_at(device.pf) if device.pf else None
-        policy = Policy.VEPA if pf and pf.eswitch == "vepa" else Policy.VEB
+        policy = request.policy or (Policy.VEPA if pf and pf.eswitch == "vepa" else Policy.VEB)
         backend = Backend.VFIO if request.form is Form.HOSTDEV else Backend.TAP
         return Combination(policy, Port.SRIOV, backend)
     if request.form is Form.HOSTDEV:

@@ -6,6 +6,7 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, EswitchMode, SocketFile, share_key
+from vnet_lock.journal import Entry, EswitchMode, Keeper, SocketFile, share_key
 from vnet_lock.kernel import processes, programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -36,6 +37,7 @@ from vnet_lock.model import (
     OwnerKind,
     PciAddress,
     Plan,
+    Process,
     Refusal,
     Request,
     Resource,
@@ -175,13 +177,34 @@ class Session:
             raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
         try:
             if combination.backend is Backend.SOCKET_VHOST:
-                grant.opened.path = self.settings.socket_path(grant.token)
-                self._journal_of(grant.token)((SocketFile(grant.opened.path),))
+                grant.opened.path = self._name_socket(grant.token, intent.socket)
             connection = backend.connect(self.settings, intent, grant.opened, combination)
         finally:
             grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         return connection
+
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Connect those of the grants whose QEMU only knows a socket's path, and inherits nothing of ours.
+
+        What serves it ends when the grant is given back.
+        """
+        from vnet_lock.kernel import background
+
+        for grant in grants:
+            if not isinstance(grant.assignment.request, Intent) or not grant.assignment.request.socket:
+                continue
+
+            def journal(process: Process, token: str = grant.token) -> bool:
+                self._journal_of(token)((Keeper(process.pid, process.start_ticks),))
+                return True
+
+            connection = self.connect(grant)
+            try:
+                background.start(self.settings, background.keep, journal, kept=connection.kept)
+            finally:
+                for descriptor in connection.descriptors:
+                    os.close(descriptor)
 
     def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what libvirt itself set up for a guest that is about to run, or runs.
@@ -250,8 +273,15 @@ class Session:
         for all of them at the end.
         """
         claims = self.table.read().of(owner)
-        tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        self._back.give_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
+        self.release_tokens(owner, (claim.token for claim in claims if claim.interface not in keep))
+
+    def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
+        """As ``release``, of some interfaces of a guest."""
+
+        def still(found: tuple[Claim, ...]) -> bool:
+            return all(claim.owner.is_same_guest(owner) for claim in found)
+
+        self._back.give_all(dict.fromkeys(tokens), still)
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
@@ -561,6 +591,21 @@ class Session:
                 writer.replace(replace(first, journal=first.journal + entries))
 
         return journal
+
+    def _name_socket(self, token: str, wanted: str | None) -> str:
+        """The path at which a guest's QEMU finds its network, in our journal before anything is there."""
+        path = wanted or self.settings.socket_path(token)
+        if not re.fullmatch(re.escape(self.settings.run) + r"/[\w.-]+\.sock", path):
+            raise BadInput(f"{path} is no place for a socket of ours; use {self.settings.run}/NAME.sock")
+        entry = SocketFile(path)
+        with self.table.guarded() as writer:
+            claims = writer.read()
+            for claim in claims.records:
+                if claim.token != token and entry in claim.journal:
+                    raise Refused(f"{path} is the socket of {claim.owner.text}; choose another name")
+            first = _first(claims, token)
+            writer.replace(replace(first, journal=(*first.journal, entry)))
+        return path
 
     def _note_mac(self, token: str, mac: str | None) -> None:
         with self.table.guarded() as writer:

@@ -159,7 +159,14 @@ class Guests:
     _daemons: list[int] = field(default_factory=list)
 
     def libvirt(
-        self, name: str, interfaces: str, *, start: bool = True, metadata: str = "", **words: str | int
+        self,
+        name: str,
+        interfaces: str,
+        *,
+        start: bool = True,
+        metadata: str = "",
+        shares_memory: bool = False,
+        **words: str | int,
     ) -> LibvirtGuest:
         """Define a guest with these interfaces and start it; ``words`` go to kernel_words."""
         console = Console(self.directory / f"{name}.log")
@@ -167,7 +174,7 @@ class Guests:
         console.is_alive = lambda: made.state == "running"
         xml = guest.domain_xml(
             name, interfaces, words=guest.kernel_words(**words), console=console.log, uuid=made.uuid,
-            metadata=metadata,
+            metadata=metadata, shares_memory=shares_memory,
         )  # fmt: skip
         path = self.directory / f"{name}.xml"
         path.write_text(xml)

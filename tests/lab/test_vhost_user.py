@@ -220,6 +220,42 @@ def test_an_unmodified_qemu_gets_it_from_the_helper(guests: Guests) -> None:
         wire.close()
 
 
+SERVED = """<interface type='vhostuser'><mac address='52:54:00:00:09:02'/>
+  <source type='unix' path='/run/vnet-lock/served-net0.sock' mode='client'>
+    <reconnect enabled='yes' timeout='1'/></source>
+  <model type='virtio'/><alias name='ua-net0'/></interface>"""
+WISH = """<vnet:guest xmlns:vnet="urn:vnet-lock:guest:1">
+  <vnet:interface alias="ua-net0" policy="veb" port="macvlan" dev="up0"/></vnet:guest>"""
+
+
+def test_a_libvirt_guest_has_it_from_its_hook(guests: Guests, hook: None) -> None:
+    wire = Wire()
+    try:
+        made = guests.libvirt(
+            "served", SERVED, metadata=WISH, shares_memory=True, ip=f"{GUEST}/24", ping=ADDRESS
+        )
+        assert made.console.ready(READY_S * 3)["ping"] == "3/3"
+        assert "veb-macvlan-socket+vhost" in run("vnet-lock", "show", "nic:up0").stdout
+        monitor, worker = back_ends()
+        os.kill(worker, signal.SIGKILL)
+        wait_until(lambda: len(back_ends()) == 2 and worker not in back_ends(), "there is a new worker")
+        carrier = "run [ $(cat /sys/class/net/eth0/carrier) = 1 ]"
+        wait_until(lambda: made.console.ask(carrier)["exit"] == "0", "QEMU came back")
+        assert made.console.ask(f"ping {ADDRESS}")["ping"] == "3/3"
+        assert monitor in back_ends()
+        second = guests.libvirt("second", SERVED, metadata=WISH, shares_memory=True, start=False)
+        refused = second.start(check=False)
+        assert "/run/vnet-lock/served-net0.sock is the socket of" in refused.stderr
+        assert made.console.ask(f"ping {ADDRESS}")["ping"] == "3/3"
+        made.destroy()
+        wait_until(lambda: not back_ends(), "the back-end is gone")
+        left = {path.name for path in Path("/run/vnet-lock").rglob("*") if not path.name.endswith(".lock")}
+        assert left <= {*EMPTY_FOR_EVER}, left
+    finally:
+        guests.end()
+        wire.close()
+
+
 def test_a_vf_in_a_namespace_of_its_own_carries_packets(lab: Nic, guests: Guests, tmp_path: Path) -> None:
     from vnet_lock.backends import socket_vhost
     from vnet_lock.combination import Combination
