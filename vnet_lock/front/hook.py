@@ -95,7 +95,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report, _deadline_s(call.settings))
+    arm_deadline(operation, report, read_deadline(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -142,7 +142,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         return
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
-    from vnet_lock.model import Fixed, Intent
+    from vnet_lock.model import Fixed
 
     if call.operation in ("stopped", "release"):
         # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
@@ -168,15 +168,22 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
-        grants = session.acquire(owner, requests)
-        if any(isinstance(one, Intent) and one.socket for one in requests):
-            session.serve(grants)
-        if any(isinstance(one, Intent) and one.hotplug for one in requests):
-            from vnet_lock.front import companion  # 1 ms
-
-            companion.start_all(call.settings, owner, grants)
+        _prepare(session, owner, requests, call.settings)
     else:
         session.adopt(owner, requests, running=call.operation == "reconnect")
+
+
+def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
+    """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
+    from vnet_lock.model import Intent
+
+    grants = session.acquire(owner, requests)
+    if any(isinstance(one, Intent) and one.socket for one in requests):
+        session.serve(grants)
+    if any(isinstance(one, Intent) and one.hotplug for one in requests):
+        from vnet_lock.front import companion  # 1 ms
+
+        companion.start_all(settings, owner, grants)
 
 
 def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
@@ -207,7 +214,8 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def _deadline_s(settings: Settings) -> int:
+def read_deadline(settings: Settings) -> int:
+    """The seconds that a hook may take."""
     if os.path.lexists(settings.config_path):
         from vnet_lock.config import tuned  # 10 ms, for who has a file
 
