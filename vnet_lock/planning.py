@@ -8,6 +8,7 @@ from typing import assert_never
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.journal import Link
 from vnet_lock.model import (
     Assignment,
     Claim,
@@ -304,6 +305,9 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
 def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> Assignment | Refusal:
     malformed = _malformed(intent, situation.inventory)
     if malformed:
+        taken = _taken(intent, situation)
+        if taken:
+            return Refusal(intent, RefusalKind.HELD, f"{intent.interface}: {taken.message}")
         return Refusal(intent, RefusalKind.INVALID, f"{intent.interface}: {malformed}")
     rejected: list[Rejection] = []
     obstacles: list[Obstacle] = []
@@ -362,6 +366,15 @@ def _malformed(intent: Intent, inventory: Inventory) -> str:
         return ""
     names = " or ".join(map(repr, intent.devs)) + (f" of pool {intent.pool}" if intent.pool else "")
     return f"there is no network device {names} here; see: vnet-lock status, ip link"
+
+
+def _taken(intent: Intent, situation: Situation) -> Obstacle | None:
+    """Who has a device that isn't here any more: another guest, to which it went from this host's sight."""
+    for claim in situation.claims.records:
+        names = {entry.name for entry in claim.journal if isinstance(entry, Link)}
+        if not names.isdisjoint(intent.devs):
+            return situation.obstacle((Wanted(claim.resource, Mode.EXCLUSIVE),), None, None)
+    return None
 
 
 def _is_here(dev: str, inventory: Inventory) -> bool:
