@@ -180,7 +180,8 @@ def test_twice_in_a_row_and_killed_the_second_time_nothing_is_left(
             assert made.process.poll() is None, made.said
             if name == "first":
                 made.kill(signal.SIGTERM)
-                assert made.wait(240) == 0, made.said
+                # QEMU may not have come to wait for signals yet.
+                assert made.wait(240) in (0, -signal.SIGTERM), made.said
                 before.wait_until_again(60)
         guests.end()  # with SIGKILL: the wrapper, QEMU, all of its session
         subprocess.run(["vnet-lock", "gc"], check=True, capture_output=True, timeout=240)
