@@ -303,12 +303,8 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
 
 
 def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> Assignment | Refusal:
-    malformed = _malformed(intent, situation.inventory)
-    if malformed:
-        taken = _taken(intent, situation)
-        if taken:
-            return Refusal(intent, RefusalKind.HELD, f"{intent.interface}: {taken.message}")
-        return Refusal(intent, RefusalKind.INVALID, f"{intent.interface}: {malformed}")
+    if refusal := _out_of_place(intent, situation):
+        return refusal
     rejected: list[Rejection] = []
     obstacles: list[Obstacle] = []
     tried = False
@@ -351,6 +347,15 @@ def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> As
         message = f"{intent.interface}: {intent.policy} has nothing like that; it goes with: {known}"
         return Refusal(intent, RefusalKind.INVALID, message)
     return _refusal(intent, rejected, obstacles)
+
+
+def _out_of_place(intent: Intent, situation: Situation) -> Refusal | None:
+    """A refusal where what is wanted can't be found here at all."""
+    malformed = _malformed(intent, situation.inventory)
+    taken = _taken(intent, situation) if malformed else None
+    if taken:
+        return Refusal(intent, RefusalKind.HELD, f"{intent.interface}: {taken.message}")
+    return Refusal(intent, RefusalKind.INVALID, f"{intent.interface}: {malformed}") if malformed else None
 
 
 def _malformed(intent: Intent, inventory: Inventory) -> str:
