@@ -13,7 +13,7 @@ from vnet_lock.config import Config, format_indices, read_config
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hooks_install import HookFile, HookState
-from vnet_lock.kernel import confinement
+from vnet_lock.kernel import confinement, programs
 from vnet_lock.kernel.confinement import HOOKS_OF, Daemon
 from vnet_lock.kernel.modules import lacks_module
 from vnet_lock.kernel.observe import read_inventory
@@ -226,20 +226,27 @@ def _look_at_apparmor(settings: Settings) -> Found:
 
 
 def _look_at_selinux(settings: Settings) -> Found:
-    """Our files have the labels that their directories' own have, as restorecon(8) would set them."""
+    """Our files have the types that the policy has for them, as matchpathcon(8) tells."""
+    if programs.find("matchpathcon") is None:
+        yield (
+            Health.OK,
+            "SELinux enforces; with matchpathcon (libselinux-utils) the hooks' types were checked",
+        )
+        return
     odd = False
     for file in hooks_install.read_status(settings):
-        folder = os.path.dirname(os.path.dirname(file.path))
-        own, usual = confinement.read_selinux_type(file.path), confinement.read_selinux_type(folder)
+        own, usual = confinement.read_selinux_type(file.path), confinement.find_selinux_type(file.path)
         if file.state is HookState.INSTALLED and own != usual:
             odd = True
-            message = (
-                f"{file.path} has the SELinux type {own or '(none)'}, and its directory {usual}; "
-                f"libvirt may not be allowed to run it; do: restorecon -R {folder}"
+            yield (
+                Health.ERROR,
+                (
+                    f"{file.path} has the SELinux type {own or '(none)'}, and is to have {usual or '(none)'};"
+                    f" do: restorecon {file.path}"
+                ),
             )
-            yield Health.ERROR, message
     if not odd:
-        yield Health.OK, "SELinux enforces; the hooks have their directory's type"
+        yield Health.OK, "SELinux enforces, and the hooks have the types that its policy has for them"
 
 
 # --- the kernel -----------------------------------------------------------------------------------
