@@ -77,7 +77,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     root, daemon_pid, guest, operation = argv[:4]
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read())
     report = Outlets()
-    arm_deadline(operation, report, _deadline_s(call.settings))
+    arm_deadline(operation, report, read_deadline_s(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -169,7 +169,8 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def _deadline_s(settings: Settings) -> int:
+def read_deadline_s(settings: Settings) -> int:
+    """When a hook is to give up, as the host's configuration has it."""
     if os.path.lexists(settings.config_path):
         from vnet_lock.config import tuned  # 10 ms, for who has a file
 
