@@ -93,6 +93,9 @@ def test_hooks_that_are_not_there_or_not_ours_are_errors(host: FakeHost) -> None
     hook(host, "daemon").unlink()
     said = found(host, "hooks")
     assert [health for health, _ in said] == ["error"] * 3
+    hooks_install.remove(host.settings)
+    (host.root / "etc/libvirt/hooks/network.d/50-vnet-lock").unlink()
+    assert found(host, "daemon") == [], "there is nothing that it could know"
     assert str(hook(host, "daemon")) in said[0][1]
     assert "not of this version" in said[1][1]
     assert "another program or person wrote it" in said[2][1]

@@ -127,7 +127,7 @@ def _look_at_claims(settings: Settings) -> Found:
     if claims.damaged:
         yield Health.ERROR, f"{len(claims.damaged)} claim records can't be trusted; see: vnet-lock status"
     if room.f_bavail and not claims.damaged:
-        yield Health.OK, f"{settings.claims_dir} is ours, with {len(claims.records)} claims"
+        yield Health.OK, f"{settings.run} is ours, with {len(claims.records)} claims"
 
 
 # --- libvirt --------------------------------------------------------------------------------------
@@ -175,25 +175,24 @@ def _look_at_daemons(settings: Settings) -> Found:
         yield Health.OK, "no libvirt daemon runs now"
     files = dict(zip(hooks_install.DRIVERS, hooks_install.read_status(settings), strict=True))
     for daemon in daemons:
-        unseen = [driver for driver in HOOKS_OF[daemon.name] if not _has_found(daemon, files[driver])]
+        there = [driver for driver in HOOKS_OF[daemon.name] if files[driver].since is not None]
+        unseen = [driver for driver in there if not _has_found(daemon, files[driver])]
         if unseen:
             message = (
                 f"{daemon.text} hasn't looked for hooks since that for {' and '.join(unseen)} was put there, "
                 f"and asks nobody; no guest is disturbed by: systemctl reload {daemon.name}"
             )
             yield Health.ERROR, message
-        else:
+        elif there:
             yield Health.OK, f"{daemon.text} knows its hooks"
 
 
 def _has_found(daemon: Daemon, file: HookFile) -> bool:
-    """Whether a daemon has looked for hooks since one was there; one that isn't there is told elsewhere.
+    """Whether a daemon has looked for hooks since one was there.
 
     libvirt looks for them at its start and at SIGHUP (virHookCall), for whether there is any: of two in one
     folder it runs both, if it found one.
     """
-    if file.since is None:
-        return True
     folder = os.path.dirname(file.path)
     others = (folder.removesuffix(".d"), *(f"{folder}/{name}" for name in os.listdir(folder)))
     times = [
@@ -201,7 +200,7 @@ def _has_found(daemon: Daemon, file: HookFile) -> bool:
         for path in others
         if path != file.path and os.path.isfile(path) and os.access(path, os.X_OK)
     ]
-    return min([file.since, *times]) <= max(daemon.started, daemon.looked)
+    return min([file.since or 0, *times]) <= max(daemon.started, daemon.looked)
 
 
 def _look_at_confinement(settings: Settings) -> Found:
