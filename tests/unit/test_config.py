@@ -432,7 +432,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_it(host: FakeHost) ->
 
 
 def test_a_hooks_deadline_is_the_files(host: FakeHost) -> None:
-    assert hook_module.read_deadline(host.settings) == 40
+    assert hook_module.read_deadline_s(host.settings) == 40
     write(host, "[timeouts]\nhook = 90\n")
-    assert hook_module.read_deadline(host.settings) == 90
+    assert hook_module.read_deadline_s(host.settings) == 90
     assert Session(host.settings).settings.hook_s == 90

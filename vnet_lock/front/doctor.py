@@ -13,7 +13,7 @@ from vnet_lock.config import Config, format_indices, read_config
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hooks_install import HookFile, HookState
-from vnet_lock.kernel import confinement
+from vnet_lock.kernel import confinement, programs
 from vnet_lock.kernel.confinement import HOOKS_OF, Daemon
 from vnet_lock.kernel.modules import lacks_module
 from vnet_lock.kernel.observe import read_inventory
@@ -127,7 +127,7 @@ def _look_at_claims(settings: Settings) -> Found:
     if claims.damaged:
         yield Health.ERROR, f"{len(claims.damaged)} claim records can't be trusted; see: vnet-lock status"
     if room.f_bavail and not claims.damaged:
-        yield Health.OK, f"{settings.claims_dir} is ours, with {len(claims.records)} claims"
+        yield Health.OK, f"{settings.run} is ours, with {len(claims.records)} claims"
 
 
 # --- libvirt --------------------------------------------------------------------------------------
@@ -175,25 +175,24 @@ def _look_at_daemons(settings: Settings) -> Found:
         yield Health.OK, "no libvirt daemon runs now"
     files = dict(zip(hooks_install.DRIVERS, hooks_install.read_status(settings), strict=True))
     for daemon in daemons:
-        unseen = [driver for driver in HOOKS_OF[daemon.name] if not _has_found(daemon, files[driver])]
+        there = [driver for driver in HOOKS_OF[daemon.name] if files[driver].since is not None]
+        unseen = [driver for driver in there if not _has_found(daemon, files[driver])]
         if unseen:
             message = (
                 f"{daemon.text} hasn't looked for hooks since that for {' and '.join(unseen)} was put there, "
                 f"and asks nobody; no guest is disturbed by: systemctl reload {daemon.name}"
             )
             yield Health.ERROR, message
-        else:
+        elif there:
             yield Health.OK, f"{daemon.text} knows its hooks"
 
 
 def _has_found(daemon: Daemon, file: HookFile) -> bool:
-    """Whether a daemon has looked for hooks since one was there; one that isn't there is told elsewhere.
+    """Whether a daemon has looked for hooks since one was there.
 
     libvirt looks for them at its start and at SIGHUP (virHookCall), for whether there is any: of two in one
     folder it runs both, if it found one.
     """
-    if file.since is None:
-        return True
     folder = os.path.dirname(file.path)
     others = (folder.removesuffix(".d"), *(f"{folder}/{name}" for name in os.listdir(folder)))
     times = [
@@ -201,7 +200,7 @@ def _has_found(daemon: Daemon, file: HookFile) -> bool:
         for path in others
         if path != file.path and os.path.isfile(path) and os.access(path, os.X_OK)
     ]
-    return min([file.since, *times]) <= max(daemon.started, daemon.looked)
+    return min([file.since or 0, *times]) <= max(daemon.started, daemon.looked)
 
 
 def _look_at_confinement(settings: Settings) -> Found:
@@ -226,20 +225,27 @@ def _look_at_apparmor(settings: Settings) -> Found:
 
 
 def _look_at_selinux(settings: Settings) -> Found:
-    """Our files have the labels that their directories' own have, as restorecon(8) would set them."""
+    """Our files have the types that the policy has for them, as matchpathcon(8) tells."""
+    if programs.find("matchpathcon") is None:
+        yield (
+            Health.OK,
+            "SELinux enforces; with matchpathcon (libselinux-utils) the hooks' types were checked",
+        )
+        return
     odd = False
     for file in hooks_install.read_status(settings):
-        folder = os.path.dirname(os.path.dirname(file.path))
-        own, usual = confinement.read_selinux_type(file.path), confinement.read_selinux_type(folder)
+        own, usual = confinement.read_selinux_type(file.path), confinement.find_selinux_type(file.path)
         if file.state is HookState.INSTALLED and own != usual:
             odd = True
-            message = (
-                f"{file.path} has the SELinux type {own or '(none)'}, and its directory {usual}; "
-                f"libvirt may not be allowed to run it; do: restorecon -R {folder}"
+            yield (
+                Health.ERROR,
+                (
+                    f"{file.path} has the SELinux type {own or '(none)'}, and is to have {usual or '(none)'};"
+                    f" do: restorecon {file.path}"
+                ),
             )
-            yield Health.ERROR, message
     if not odd:
-        yield Health.OK, "SELinux enforces; the hooks have their directory's type"
+        yield Health.OK, "SELinux enforces, and the hooks have the types that its policy has for them"
 
 
 # --- the kernel -----------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report, read_deadline(call.settings))
+    arm_deadline(operation, report, read_deadline_s(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -214,8 +214,8 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def read_deadline(settings: Settings) -> int:
-    """The seconds that a hook may take."""
+def read_deadline_s(settings: Settings) -> int:
+    """When a hook is to give up, as the host's configuration has it."""
     if os.path.lexists(settings.config_path):
         from vnet_lock.config import tuned  # 10 ms, for who has a file
 

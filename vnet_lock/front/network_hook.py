@@ -10,7 +10,7 @@ import signal
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from vnet_lock.errors import VnetLockError
-from vnet_lock.front.hook import Outlets, TooLate, answer_with, arm_deadline, read_deadline
+from vnet_lock.front.hook import Outlets, TooLate, answer_with, arm_deadline, read_deadline_s
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     settings = Settings.under(root)
     xml = stdin.read()
     report = Outlets()
-    arm_deadline(operation, report, read_deadline(settings))
+    arm_deadline(operation, report, read_deadline_s(settings))
     body = lambda: perform(settings, operation, xml, _open_session)  # noqa: E731
     status = answer_with(body, operation, f'network "{network}"', report)
     signal.alarm(0)
