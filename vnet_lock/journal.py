@@ -137,6 +137,17 @@ class SocketFile:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class LibvirtMacvtap:
+    """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
+
+    ``device`` is as of a Link, ``mac`` the guest's.
+    """
+
+    device: str
+    mac: str
+
+
 Entry = (
     VfAdmin
     | Link
@@ -150,6 +161,7 @@ Entry = (
     | DhcpServer
     | EswitchMode
     | SocketFile
+    | LibvirtMacvtap
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -164,6 +176,7 @@ _KINDS: dict[str, type[Entry]] = {
     "proxy-neighbour": ProxyNeighbour,
     "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
+    "libvirt-macvtap": LibvirtMacvtap,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 
