@@ -160,6 +160,17 @@ class Keeper:
     start_ticks: int
 
 
+@dataclass(frozen=True, slots=True)
+class LibvirtMacvtap:
+    """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
+
+    ``device`` is as of a Link, ``mac`` the guest's.
+    """
+
+    device: str
+    mac: str
+
+
 Entry = (
     VfAdmin
     | Link
@@ -175,6 +186,7 @@ Entry = (
     | SocketFile
     | Companion
     | Keeper
+    | LibvirtMacvtap
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -191,6 +203,7 @@ _KINDS: dict[str, type[Entry]] = {
     "socket-file": SocketFile,
     "companion": Companion,
     "keeper": Keeper,
+    "libvirt-macvtap": LibvirtMacvtap,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 
