@@ -18,7 +18,7 @@ from tests.lab.nic import Nic, run, wait_until
 pytestmark = pytest.mark.usefixtures("hook")
 
 OF_THE_LINK = ("ifindex", "operstate", "flags")
-PORTS = "<controller type='pci' model='pcie-root-port'/>" * 2
+PORTS = "<controller type='pci' model='pcie-root'/>" + "<controller type='pci' model='pcie-root-port'/>" * 4
 DAEMON = Path("/run/libvirtd.pid")
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("hook")
 
 OF_THE_LINK = ("ifindex", "operstate", "flags")
 # Where a device is to be plugged in: a q35 machine has no free port of its own.
-PORT = "<controller type='pci' model='pcie-root-port'/>"
+PORTS = "<controller type='pci' model='pcie-root'/>" + "<controller type='pci' model='pcie-root-port'/>" * 4
 STANDBY = (
     "<interface type='ethernet'><mac address='52:54:00:00:08:01'/><target dev='late-standby' managed='no'/>"
     "<model type='virtio'/><teaming type='persistent'/><alias name='ua-net0'/></interface>"
@@ -91,7 +91,7 @@ def test_a_teamed_vf_is_plugged_in_at_a_plain_start_and_given_back(
     lab.set_numvfs(2)
     before = [looks(lab, 0), looks(lab, 1)]
     made = guests.libvirt(
-        "teamed", STANDBY + PORT * 2,
+        "teamed", STANDBY + PORTS,
         metadata=wanting(
             f'alias="ua-net0" policy="veb" port="bridge" dev="{bridged}"',
             f'alias="ua-vf0" policy="veb" dev="{lab.pf}" backends="vfio" teaming="ua-net0"',
@@ -133,7 +133,7 @@ def test_a_vf_that_cannot_be_plugged_in_is_kept_and_said(
     assert looks(lab, 0) == before
     assert not os.listdir("/run/vnet-lock/claims")
     # paused, killed
-    made = guests.libvirt("paused", PORT * 2, metadata=wish, start=False)
+    made = guests.libvirt("paused", PORTS, metadata=wish, start=False)
     virsh("start", made.uuid, "--paused")
     (pid,) = companions()
     print(
@@ -148,7 +148,7 @@ def test_a_vf_that_cannot_be_plugged_in_is_kept_and_said(
     wait_until(lambda: not companions(), "the companion is done", 60)
     print(lab.admin(0), vnet_lock("status").stdout, vnet_lock("show", f"vf:{vf.pci}").stdout)
     print(made.console.ready())
-    other = guests.libvirt("other", PORT * 2, metadata=wish, start=False)
+    other = guests.libvirt("other", PORTS, metadata=wish, start=False)
     print(other.start(check=False))
     made.destroy()
     wait_until(lambda: vf.netdev, "the VF has its driver again")
