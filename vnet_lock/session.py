@@ -183,7 +183,9 @@ class Session:
             held = claims.of(owner)
             added: list[Claim] = []
             for assignment in found.assignments:
-                missing = _missing(assignment.wanted, held)
+                # Shares are counted: each interface gives its own back.
+                own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
+                missing = _missing(assignment.wanted, own)
                 added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
             writer.add(added)
             return added
@@ -572,6 +574,11 @@ def _backends_for(requests: Iterable[Request]) -> set[Backend]:
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
     wanted = (Tenancy(request.policy) for request in requests if isinstance(request, Intent))
     return needs_vlans(wanted, claims.records)
+
+
+def _is_for(claim: Claim, request: Request) -> bool:
+    """Whether a guest's claim was made for this interface, under whichever name."""
+    return claim.interface == request.interface or (claim.mac is not None and claim.mac == request.mac)
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:
