@@ -106,7 +106,7 @@ def read_wishes(xml: bytes) -> tuple[Wish, ...]:
 
 
 def read_fixed(root: Element) -> Guest:
-    """What libvirt itself opens for the guest of a <domain> that was parsed, whatever its metadata asks for."""
+    """What libvirt itself opens for the guest of a <domain>, whatever its metadata asks for."""
     return Guest(_read_name(root), _read_uuid(root), tuple(_read_fixed(root, _Keys(), ())))
 
 

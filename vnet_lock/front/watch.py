@@ -19,7 +19,7 @@ from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error
 from vnet_lock.front.libvirt_client import Disconnected, Domain, Happened, Libvirt
 from vnet_lock.front.libvirt_guest import find_tokens, read_owner
-from vnet_lock.model import Fixed, Owner, Request
+from vnet_lock.model import Fixed, Owner, PciAddress, Request
 from vnet_lock.settings import Settings
 
 _PROGRAM = "vnet-lock"
@@ -162,8 +162,8 @@ class Watch:
 
 
 def _key(request: Fixed) -> tuple[object, ...]:
-    """What of a device stays the same while others come and go."""
-    return request.device, request.form, request.mac
+    """What of a device stays the same while others come and go; a network device may be in it twice."""
+    return (request.device, None if isinstance(request.device, PciAddress) else request.mac)
 
 
 @contextmanager
