@@ -242,6 +242,11 @@ def _read_host_address(element: Element, key: str) -> PciAddress:
     address = element.find("source/address")
     if address is None:
         raise BadInput(f"{key}: its <source> has no PCI <address>")
+    return read_address(address, key)
+
+
+def read_address(address: Element, key: str) -> PciAddress:
+    """The function that an <address> names; BadInput, with whose it is, where it names none."""
     try:
         parts = [_number(address.get(name, default)) for name, default in _ADDRESS]
         if any(part > limit for part, limit in zip(parts, (0xFFFFFFFF, 0xFF, 0x1F, 7), strict=True)):

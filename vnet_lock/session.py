@@ -101,6 +101,14 @@ class Session:
         situation = self._situation(self._observe(requests, _needs_vlans(requests, claims)), owner, requests)
         return plan(requests, replace(situation, claims=claims, stale=stale))
 
+    def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
+        """Those VFs that can't be given to anybody now: claimed, or in use."""
+        claims = self.table.read()
+        inventory = read_inventory(self.settings, [pci.text for pci in pcis])
+        stale = frozenset(Liveness(self.settings).stale(claims))
+        situation = replace(self._situation(inventory), claims=claims, stale=stale)
+        return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
+
     # --- taking -------------------------------------------------------------------------------
 
     def acquire(self, owner: Owner, requests: Iterable[Request], beside: bool = False) -> tuple[Grant, ...]:

@@ -8,12 +8,16 @@ import pytest
 
 from tests.fake_host import FakeHost
 from tests.unit.test_hook import UUIDS, VF0, VF1, guest
-from tests.unit.test_network_hook import host
+from tests.unit.test_network_hook import host, plug_of, told_of
 from vnet_lock.claims import ClaimTable
+from vnet_lock.errors import BadInput
 from vnet_lock.front.libvirt_client import Event, Happened
-from vnet_lock.front.libvirt_guest import read_owner
-from vnet_lock.front.watch import Watch
+from vnet_lock.front.libvirt_guest import address_words, read_owner
+from vnet_lock.front.network_hook import perform
+from vnet_lock.front.pool_ports import PoolPorts
+from vnet_lock.front.watch import Watch, follow
 from vnet_lock.model import Fixed, Form, Mode, PciAddress, Resource
+from vnet_lock.network_xml import RESERVING, read_port
 from vnet_lock.session import Session
 
 __all__ = ["host"]  # a fixture
@@ -51,6 +55,34 @@ class Guest:
 
 
 @dataclass
+class Network:
+    """A network of VFs."""
+
+    vfs: tuple[str, ...]
+    ports: dict[str, str] = field(default_factory=dict)
+    name: str = "net"
+
+    def read_xml(self) -> str:
+        addresses = "".join(f"<address {address_words(PciAddress.parse(vf))}/>" for vf in self.vfs)
+        return f"<network><name>net</name><forward mode='hostdev'>{addresses}</forward></network>"
+
+    def read_ports(self) -> list[tuple[str, str]]:
+        return list(self.ports.items())
+
+    def add_port(self, xml: str) -> None:
+        self.ports[xml.partition("<uuid>")[2].partition("</uuid>")[0]] = xml
+
+    def remove_port(self, uuid: str) -> None:
+        self.ports.pop(uuid, None)
+
+    @property
+    def taken(self) -> list[str]:
+        """The VFs that libvirt won't give to a new guest."""
+        found = [read_port(f"<hookData>{xml}</hookData>".encode()) for xml in self.ports.values()]
+        return sorted(str(one.request.device) for one in found if one)
+
+
+@dataclass
 class Libvirt:
     """A daemon, with what is to happen one after the other; the watch is told to end after that."""
 
@@ -58,9 +90,13 @@ class Libvirt:
     happens: list[tuple[Guest, Happened]] = field(default_factory=list)
     uri: str = "qemu:///system"
     watch: Watch | None = None
+    networks: list[Network] = field(default_factory=list)
 
     def listen(self) -> None:
         pass
+
+    def read_networks(self) -> list[Network]:
+        return self.networks
 
     def read_active(self) -> list[Guest]:
         return [one for one in self.guests if one.is_active]
@@ -168,6 +204,12 @@ def test_a_guest_that_nobody_can_read_disturbs_no_other(
     assert 'guest "a": ' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("uri", ["qemu+ssh://elsewhere/system", "qemu:///session", "test:///default"])
+def test_only_this_hosts_own_guests_are_watched(host: FakeHost, uri: str) -> None:
+    with pytest.raises(BadInput, match="watch qemu:///system"):
+        follow(host.settings, Session(host.settings), uri)
+
+
 def test_the_end_of_a_guest_is_left_to_its_hook(host: FakeHost, watch: Watch) -> None:
     one = Guest("a", guest("a", VF0))
     look(watch, one)
@@ -175,3 +217,40 @@ def test_the_end_of_a_guest_is_left_to_its_hook(host: FakeHost, watch: Watch) ->
     watch.run(Libvirt([one], [(one, Happened.STOPPED)], watch=watch))  # type: ignore[arg-type]
     assert claims(host) == [(f"vf:{VF0}", "a")]
     assert not Path(host.settings.libvirt_run, "qemu/a.pid").exists()
+
+
+def test_what_others_hold_is_kept_out_of_libvirts_choice_as_long_as_they_do(
+    host: FakeHost, watch: Watch
+) -> None:
+    session = Session(host.settings)
+    other = read_owner(host.settings, "b", UUIDS["b"])
+    network = Network((VF0, VF1))
+    libvirt = Libvirt([], watch=watch, networks=[network])
+    ports = PoolPorts(host.settings, session)
+
+    def update() -> list[str]:
+        ports.update(libvirt)  # type: ignore[arg-type]
+        return network.taken
+
+    assert update() == []
+    claim = session.claim(other, Resource.parse(f"vf:{VF0}"), Mode.EXCLUSIVE)
+    assert update() == [VF0]
+    # A guest of the network's own has its port itself.
+    port = told_of(plug_of(VF1)).decode().partition("</network>")[2].removesuffix("</hookData>")
+    network.add_port(port)
+    session.claim(read_owner(host.settings, "a", UUIDS["a"]), Resource.parse(f"vf:{VF1}"), Mode.EXCLUSIVE)
+    assert update() == [VF0, VF1]
+    assert len(network.ports) == 2
+    session.release_tokens(other, [claim.token])
+    assert update() == [VF1]
+    session.claim(other, Resource.parse(f"vf:{VF0}"), Mode.EXCLUSIVE)
+    assert update() == [VF0, VF1]
+    ports.remove(libvirt)  # type: ignore[arg-type]
+    assert network.taken == [VF1]
+
+
+def test_a_port_that_only_keeps_a_vf_claims_nothing(host: FakeHost) -> None:
+    xml = told_of(plug_of(VF0)).replace(UUIDS["a"].encode(), RESERVING.encode())
+    perform(host.settings, "port-created", xml, Session)
+    perform(host.settings, "port-deleted", xml, Session)
+    assert claims(host) == []

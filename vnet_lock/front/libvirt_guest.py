@@ -61,3 +61,9 @@ def device_names(inventory: Inventory, request: Fixed) -> frozenset[str]:
     name = str(request.device)
     nic = inventory.nic_named(name)
     return frozenset({name, inventory.resource_of(nic).name} if nic else {name})
+
+
+def address_words(pci: PciAddress) -> str:
+    """The attributes of libvirt's <address> for a PCI function."""
+    parts = (pci.domain, pci.bus, pci.device, pci.function)
+    return "domain='{:#06x}' bus='{:#04x}' slot='{:#04x}' function='{:#x}'".format(*parts)

@@ -66,10 +66,10 @@ def perform(
     if operation not in ("port-created", "port-deleted"):
         return
     from vnet_lock.front.libvirt_guest import find_tokens, read_owner
-    from vnet_lock.network_xml import read_port
+    from vnet_lock.network_xml import RESERVING, read_port
 
     port = read_port(xml)
-    if port is None:
+    if port is None or port.uuid == RESERVING:
         return
     owner = read_owner(settings, port.guest, port.uuid)
     session = open_session(settings)
