@@ -152,7 +152,7 @@ class Libvirt:
             found = self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
             return [Domain(self, one) for one in found]
 
-    def define(self, xml: str, validate: bool = True) -> Domain:
+    def define(self, xml: str, validate: bool = False) -> Domain:
         """Define a persistent guest, or a new definition of one; BadInput where libvirt can't read it."""
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         with self._about("define"):
@@ -244,6 +244,12 @@ class Domain:
         """Whether it has a definition that stays."""
         with self._about():
             return bool(self._domain.isPersistent())
+
+    @property
+    def has_saved_state(self) -> bool:
+        """Whether its next start would go on where a managed save ended."""
+        with self._about():
+            return bool(self._domain.hasManagedSaveImage())
 
     def read_xml(self, inactive: bool = False, secrets: bool = False) -> str:
         """Its XML as it runs, or (``inactive``) as it will start the next time."""
