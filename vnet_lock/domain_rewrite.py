@@ -36,6 +36,7 @@ class Tag:
     name: str
     attributes: Mapping[str, str] = field(default_factory=dict)
     children: tuple[Tag, ...] = ()
+    text: str = ""
     loose: bool = False
 
 
@@ -44,28 +45,31 @@ class Form:
     """How an interface is to stand in a guest's XML.
 
     ``kind`` is libvirt's type of it, or ``pci`` for a <hostdev>, which is no <interface> at all; ``tags`` are
-    what this type needs. ``mac`` is written where the interface has none.
+    what this type needs. ``device`` is what libvirt opens, as its messages name it; ``mac`` is written where
+    the interface has none.
     """
 
     kind: str
     tags: tuple[Tag, ...] = ()
+    device: str = ""
     mac: str | None = None
 
 
 def made(ifname: str, queues: int = 1) -> Form:
     """The late form: libvirt takes a tap or macvtap of this name, which is made for each start."""
     target = Tag("target", {"dev": ifname, "managed": "no"}, loose=True)
-    return Form("ethernet", (target, *_queues(queues)))
+    return Form("ethernet", (target, *_queues(queues)), ifname)
 
 
 def direct(dev: str, mode: str, vlan: int | None = None, queues: int = 1) -> Form:
     """Libvirt's own macvtap; a VLAN only with a VF in mode ``passthrough``, through whose PF it is set."""
-    return Form("direct", (Tag("source", {"dev": dev, "mode": mode}), *_vlan(vlan), *_queues(queues)))
+    source = Tag("source", {"dev": dev, "mode": mode})
+    return Form("direct", (source, *_vlan(vlan), *_queues(queues)), dev)
 
 
 def bridge(name: str, queues: int = 1) -> Form:
     """A port of a bridge."""
-    return Form("bridge", (Tag("source", {"bridge": name}), *_queues(queues)))
+    return Form("bridge", (Tag("source", {"bridge": name}), *_queues(queues)), name)
 
 
 def user(passt: bool) -> Form:
@@ -76,12 +80,13 @@ def user(passt: bool) -> Form:
 def vf(pci: PciAddress, vlan: int | None = None, teaming: str = "", mac: str | None = None) -> Form:
     """A VF by VFIO; ``teaming`` is the alias of the interface that stands by for it."""
     team = Tag("teaming", {"type": "transient", "persistent": teaming})
-    return Form("hostdev", (_source(pci, type="pci"), *_vlan(vlan), *((team,) if teaming else ())), mac)
+    tags = (_source(pci, type="pci"), *_vlan(vlan), *((team,) if teaming else ()))
+    return Form("hostdev", tags, pci.text, mac)
 
 
 def function(pci: PciAddress) -> Form:
     """A whole PCI function by VFIO: libvirt takes VFs only as interfaces."""
-    return Form("pci", (_source(pci),))
+    return Form("pci", (_source(pci),), pci.text)
 
 
 def _source(pci: PciAddress, **more: str) -> Tag:
@@ -126,6 +131,17 @@ def rewrite(xml: bytes, forms: Mapping[str, Form | None]) -> bytes:
         else:
             edits.remove(there[alias])
     edits.append(devices, missing, after=("interface",))
+    return edits.apply()
+
+
+def with_uuid(xml: bytes, uuid: str) -> bytes:
+    """The guest's XML with this UUID where it has none."""
+    root = _read(xml)
+    names = {child.tag: child for child in root.children}
+    if "uuid" in names or "name" not in names:
+        return xml
+    edits = _Edits(xml)
+    edits.append(root, (Tag("uuid", text=uuid),), after=("name",))
     return edits.apply()
 
 
@@ -352,6 +368,8 @@ def _is_alien(child: _Node, kind: str, was: str) -> bool:
 def _write(tag: Tag, indent: str) -> str:
     """The element as text; ``indent`` is what stands before it on its line, with the line's end."""
     words = "".join(f" {name}={_quote(value)}" for name, value in tag.attributes.items())
+    if tag.text:
+        return f"<{tag.name}{words}>{tag.text}</{tag.name}>"
     if not tag.children:
         return f"<{tag.name}{words}/>"
     inner = indent + "  " if indent else ""

@@ -63,6 +63,17 @@ def full_form(assignment: Assignment, inventory: Inventory, is_ours: Callable[[s
             return f"libvirt has nothing like {combination.text}"
 
 
+def late_backends(intent: Intent) -> tuple[Backend, ...]:
+    """Those of its backends that libvirt takes late; Unsupported where there is none."""
+    wanted = intent.backends or LATE_BACKENDS
+    found = tuple(backend for backend in wanted if backend in LATE_BACKENDS)
+    if not found:
+        raise Unsupported(
+            f'interface {intent.interface}: libvirt takes no backend {wanted[0]} late; use "tap+vhost tap"'
+        )
+    return found
+
+
 def late_form(wish: Wish, guest: str) -> Form | None:
     """How the interface stands there until the hook makes its device; None for a VF, which doesn't."""
     if Backend.VFIO in wish.intent.backends:
