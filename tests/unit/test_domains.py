@@ -193,9 +193,7 @@ def test_defining_takes_what_is_resolved_and_claims_nothing(host, run, write, li
     assert claims(host) == []
 
 
-def test_starting_claims_before_libvirt_is_asked_and_leaves_the_definition(
-    host, run, write, libvirt
-):
+def test_starting_claims_before_libvirt_is_asked_and_leaves_the_definition(host, run, write, libvirt):
     path = write(ON_VF)
     defined = libvirt.define(Path(path).read_text().replace(ON_VF, ON_PF))
     code, out, err = run("start", "-c", URI, "web1")

@@ -88,6 +88,12 @@ class Event:
     alias: str = ""
     detail: int = 0
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether it tells that a guest ended by a crash, or couldn't be started."""
+        ends = (libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED)
+        return self.what is Happened.CRASHED or (self.what is Happened.STOPPED and self.detail in ends)
+
 
 class Libvirt:
     """A connection to a libvirt daemon, or to a driver within this process (``qemu:///embed``)."""

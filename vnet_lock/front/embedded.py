@@ -1,0 +1,137 @@
+"""vnet-qemu GUEST.xml: a libvirt guest without libvirt's daemon, by the driver that libvirt has to embed.
+
+No hook runs there (qemu:///embed calls none), so all that the guest wants is claimed and made here, before
+libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own: what the claims live
+by is the lock that QEMU holds on libvirt's pid file, so that kill -9 of this process takes nothing from it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
+from uuid import uuid4
+
+from vnet_lock.domain_rewrite import with_uuid
+from vnet_lock.domain_xml import read_guest, read_identity
+from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.front.program import ENDING
+from vnet_lock.front.resolver import resolve
+from vnet_lock.front.verbs import read_file
+from vnet_lock.kernel import processes
+from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.session import Session
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.front.libvirt_client import Domain, Libvirt
+
+# Who is quicker takes what was planned: then it is planned again.
+_ATTEMPTS = 5
+_TICK_S = 60.0
+
+
+class _Ended(BaseException):
+    """A signal that ends the guest."""
+
+
+def run(settings: Settings, path: str, print_only: bool) -> int:
+    """Run the guest of a file until its end, or print it as libvirt would get it.
+
+    0 where it was shut down, or ended by a signal to us; VnetLockError where it couldn't be started, or ended
+    otherwise.
+    """
+    xml = read_file(path)
+    name, uuid = read_identity(xml)
+    uuid = uuid or str(uuid4())
+    root = f"{settings.lib}/embed/{name}"
+    owner = Owner(
+        kind=OwnerKind.LIBVIRT,
+        name=name,
+        boot_id=processes.read_boot_id(settings),
+        uuid=uuid,
+        process=processes.this_process(settings),
+        pid_file=f"{root}/run/qemu/{name}.pid",
+    )
+    session = Session(settings)
+    if print_only:
+        sys.stdout.buffer.write(resolve(session, xml, owner).xml)
+        return 0
+    for number in ENDING:
+        signal.signal(number, _end)
+    with _open(root, name) as libvirt:
+        running = libvirt.find_or_none(uuid) or libvirt.find_or_none(name)
+        if running is not None and running.is_active:
+            pid = processes.read_lock_holder(str(owner.pid_file))
+            raise VnetLockError(f'guest "{name}" is running already (pid {pid})')
+        try:
+            xml = _acquire(session, with_uuid(xml, uuid), owner)
+            return _run(libvirt, xml, f"{root}/log/qemu/{name}.log")
+        except _Ended:
+            return 0
+        finally:
+            # A second signal must not cut short what undoes the first.
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            session.release(owner)
+
+
+def _open(root: str, name: str) -> Libvirt:
+    """The driver, with a directory of its own: one process at a time has it."""
+    from vnet_lock.front.libvirt_client import Libvirt
+
+    try:
+        os.makedirs(root, 0o700, exist_ok=True)
+    except OSError as error:
+        raise VnetLockError(f"cannot make {root}: {error.strerror}; run as root") from error
+    try:
+        return Libvirt(f"qemu:///embed?root={root}")
+    except VnetLockError as error:
+        holder = None
+        with suppress(OSError):
+            holder = processes.read_lock_holder(f"{root}/run/qemu/driver.pid")
+        if holder:
+            raise VnetLockError(f'guest "{name}" is run by another vnet-qemu (pid {holder})') from error
+        raise
+
+
+def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
+    """Claim and make all that the guest wants; its XML for libvirt."""
+    attempt = 0
+    while True:
+        attempt += 1
+        found = resolve(session, xml, owner)
+        try:
+            for grant in session.acquire(owner, read_guest(found.xml).requests):
+                grant.close()
+        except Refused:
+            if attempt == _ATTEMPTS:
+                raise
+        else:
+            return found.xml
+
+
+def _run(libvirt: Libvirt, xml: bytes, log: str) -> int:
+    from vnet_lock.front.libvirt_client import Happened
+
+    libvirt.listen()
+    domain: Domain | None = None
+    try:
+        domain = libvirt.create(xml.decode())
+        while True:
+            for event in libvirt.events(_TICK_S):
+                if event.what is Happened.STOPPED:
+                    if event.is_failure:
+                        raise VnetLockError(f'guest "{domain.name}" didn\'t end by itself; see: {log}')
+                    return 0
+    except BaseException:
+        domain = domain or libvirt.find_or_none(read_identity(xml)[0])
+        if domain is not None:
+            domain.destroy()
+        raise
+
+
+def _end(_number: int, _frame: object) -> NoReturn:
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    raise _Ended
