@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.lab.contenders import HOST, appearance, owner_of, status, vnet_lock
+from tests.lab.guest import domain_xml, kernel_words
 from tests.lab.machines import Guests, LibvirtGuest, virsh
-from tests.lab.nic import Function, Nic, wait_until
+from tests.lab.nic import Function, Nic, run, wait_until
 
 CLAIMS = "/run/vnet-lock/claims"
 XML = Path(__file__).parents[2] / "xml"
@@ -168,3 +170,62 @@ def test_libvirt_defines_every_example(lab: Nic, path: Path) -> None:
     del lab
     name = virsh("define", str(path)).stdout.split("'")[1]
     virsh("undefine", name)
+
+
+@pytest.fixture
+def file_guest(lab: Nic, tmp_path: Path) -> Path:
+    """A guest in a file, for libvirt's embedded driver: a VF by VFIO, and a macvtap that is made for it."""
+    # What libvirt knows of this QEMU already; it would ask for a minute.
+    cache = Path("/var/lib/vnet-lock/embed/alone/cache/qemu")
+    cache.mkdir(parents=True, exist_ok=True)
+    shutil.copytree("/var/cache/libvirt/qemu/capabilities", cache / "capabilities", dirs_exist_ok=True)
+    intents = (
+        "<vnet:guest xmlns:vnet='urn:vnet-lock:guest:1'>"
+        f"<vnet:interface alias='ua-net0' policy='veb' port='sriov' dev='{lab.pf}' backends='vfio'/>"
+        f"<vnet:interface alias='ua-net1' policy='veb' port='macvlan' dev='{lab.pf}'/></vnet:guest>"
+    )
+    second = late("alone-net1").replace("ua-net0", "ua-net1").replace(MAC, "52:54:00:00:09:02")
+    path = tmp_path / "alone.xml"
+    path.write_text(
+        domain_xml(
+            "alone", late("alone-net0") + second, uuid="2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a99", metadata=intents,
+            words=kernel_words(ip="10.7.0.2/24,-", ping=HOST, nics=2), console=tmp_path / "alone.log",
+        )
+    )  # fmt: skip
+    return path
+
+
+def test_a_guest_of_a_file_runs_without_the_daemon_and_outlives_its_wrapper(
+    lab: Nic, guests: Guests, file_guest: Path
+) -> None:
+    lab.set_numvfs(1)
+    lab.set_address(f"{HOST}/24")
+    before = looks(lab)
+    argv = ["vnet-qemu", str(file_guest)]
+    shown = run("vnet-qemu", "--print", str(file_guest)).stdout
+    assert "<interface type='hostdev' managed='yes'>" in shown
+    assert not os.path.exists(CLAIMS) or os.listdir(CLAIMS) == []
+    made = guests.program("alone", argv, file_guest.with_suffix(".log"))
+    seen = made.console.ready()
+    assert {*seen["driver"].split(",")} == {"igbvf", "virtio_net"}, seen
+    assert owner_of(lab.vfs[0]) == "alone"
+    second = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (second.returncode, "run by another vnet-qemu" in second.stderr) == (1, True), second.stderr
+    made.kill()
+    made.wait()
+    assert vnet_lock("gc").stdout == "nothing is stale\n"
+    second = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (second.returncode, "is running already" in second.stderr) == (1, True), second.stderr
+    qemu = int(second.stderr.rpartition("(pid ")[2].partition(")")[0])
+    assert owner_of(lab.vfs[0]) == "alone"
+    os.kill(qemu, signal.SIGKILL)
+    wait_until(lambda: not os.path.exists(f"/proc/{qemu}/exe"), "QEMU is gone")
+    healed = vnet_lock("gc")
+    assert healed.returncode == 0, healed.stderr
+    nothing_is_left(lab, before)
+    # The next start is as the first.
+    made = guests.program("alone", argv, file_guest.with_suffix(".log"))
+    wait_until(lambda: owner_of(lab.vfs[0]) == "alone" and lab.vfs[0].driver == "vfio-pci", "it runs", 120)
+    made.kill(signal.SIGTERM)
+    assert made.wait(120) == 0, made.said
+    nothing_is_left(lab, before)
