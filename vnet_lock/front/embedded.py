@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn
 from uuid import uuid4
 
@@ -61,11 +60,8 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
         return 0
     for number in ENDING:
         signal.signal(number, _end)
-    with _open(root, name) as libvirt:
-        running = libvirt.find_or_none(uuid) or libvirt.find_or_none(name)
-        if running is not None and running.is_active:
-            pid = processes.read_lock_holder(str(owner.pid_file))
-            raise VnetLockError(f'guest "{name}" is running already (pid {pid})')
+    _require_alone(root, name)
+    with _open(root) as libvirt:
         try:
             xml = _acquire(session, with_uuid(xml, uuid), owner)
             return _run(libvirt, xml, f"{root}/log/qemu/{name}.log")
@@ -77,7 +73,21 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
             session.release(owner)
 
 
-def _open(root: str, name: str) -> Libvirt:
+def _require_alone(root: str, name: str) -> None:
+    """See that the guest doesn't run already: the driver, once opened, would end one that was left behind."""
+    for file, what in (
+        ("driver", "is run by another vnet-qemu"),
+        (name, "is running already, without vnet-qemu"),
+    ):
+        try:
+            pid = processes.read_lock_holder(f"{root}/run/qemu/{file}.pid")
+        except OSError as error:
+            raise VnetLockError(f"cannot look into {root}: {error.strerror}; run as root") from error
+        if pid is not None:
+            raise VnetLockError(f'guest "{name}" {what} (pid {pid}); to end it: kill {pid}')
+
+
+def _open(root: str) -> Libvirt:
     """The driver, with a directory of its own: one process at a time has it."""
     from vnet_lock.front.libvirt_client import Libvirt
 
@@ -85,15 +95,7 @@ def _open(root: str, name: str) -> Libvirt:
         os.makedirs(root, 0o700, exist_ok=True)
     except OSError as error:
         raise VnetLockError(f"cannot make {root}: {error.strerror}; run as root") from error
-    try:
-        return Libvirt(f"qemu:///embed?root={root}")
-    except VnetLockError as error:
-        holder = None
-        with suppress(OSError):
-            holder = processes.read_lock_holder(f"{root}/run/qemu/driver.pid")
-        if holder:
-            raise VnetLockError(f'guest "{name}" is run by another vnet-qemu (pid {holder})') from error
-        raise
+    return Libvirt(f"qemu:///embed?root={root}")
 
 
 def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
