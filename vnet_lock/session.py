@@ -93,13 +93,15 @@ class Session:
 
     # --- asking -------------------------------------------------------------------------------
 
-    def plan(self, requests: Iterable[Request], owner: Owner | None = None) -> Plan | Refusal:
-        """What would be done now; changes nothing."""
+    def plan(
+        self, requests: Iterable[Request], owner: Owner | None = None, beside: bool = False
+    ) -> Plan | Refusal:
+        """What would be done now, in the place of what the owner has or ``beside`` it; changes nothing."""
         requests = tuple(requests)
         claims = self.table.read()
         stale = frozenset(Liveness(self.settings).stale(claims))
         situation = self._situation(self._observe(requests, _needs_vlans(requests, claims)), owner, requests)
-        return plan(requests, replace(situation, claims=claims, stale=stale))
+        return plan(requests, replace(situation, claims=claims, stale=stale, beside=beside))
 
     def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
         """Those VFs that can't be given to anybody now: claimed, or in use."""

@@ -20,6 +20,8 @@ class Settings:
     libvirt_run: str = "/run/libvirt"
     etc_libvirt: str = "/etc/libvirt"
     lib_modules: str = "/lib/modules"
+    # What guests that are run without libvirt's daemon keep.
+    lib: str = "/var/lib/vnet-lock"
 
     # How long a claim that is being released by another process is waited for, at most.
     busy_wait_s: float = 5.0
@@ -43,6 +45,7 @@ class Settings:
             libvirt_run=root + plain.libvirt_run,
             etc_libvirt=root + plain.etc_libvirt,
             lib_modules=root + plain.lib_modules,
+            lib=root + plain.lib,
         )
 
     @property

@@ -19,7 +19,10 @@ from vnet_lock.model import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "reap", "watch", "vfs", "hooks")
+VERBS = (
+    *("status", "show", "plan", "matrix", "claim", "release", "gc", "reap", "watch", "vfs"),
+    *("resolve", "define", "start", "attach", "detach", "hooks"),
+)
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:

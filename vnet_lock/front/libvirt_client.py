@@ -88,6 +88,12 @@ class Event:
     alias: str = ""
     detail: int = 0
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether it tells that a guest ended by a crash, or couldn't be started."""
+        ends = (libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED)
+        return self.what is Happened.CRASHED or (self.what is Happened.STOPPED and self.detail in ends)
+
 
 class Libvirt:
     """A connection to a libvirt daemon, or to a driver within this process (``qemu:///embed``)."""
@@ -152,7 +158,7 @@ class Libvirt:
             found = self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
             return [Domain(self, one) for one in found]
 
-    def define(self, xml: str, validate: bool = True) -> Domain:
+    def define(self, xml: str, validate: bool = False) -> Domain:
         """Define a persistent guest, or a new definition of one; BadInput where libvirt can't read it."""
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         with self._about("define"):
@@ -250,6 +256,12 @@ class Domain:
         """Whether it has a definition that stays."""
         with self._about():
             return bool(self._domain.isPersistent())
+
+    @property
+    def has_saved_state(self) -> bool:
+        """Whether its next start would go on where a managed save ended."""
+        with self._about():
+            return bool(self._domain.hasManagedSaveImage())
 
     def read_xml(self, inactive: bool = False, secrets: bool = False) -> str:
         """Its XML as it runs, or (``inactive``) as it will start the next time."""
