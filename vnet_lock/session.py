@@ -190,6 +190,7 @@ class Session:
             return []
 
         def write(writer: Writer, claims: Claims, found: Plan) -> list[Claim]:
+            self._take_over(writer, claims, found, owner)
             held = claims.of(owner)
             added: list[Claim] = []
             for assignment in found.assignments:
@@ -559,6 +560,20 @@ class Session:
             for claim in claims.with_token(token):
                 entries = claim.journal + (journal if claim == first else ())
                 writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
+
+    def _take_over(self, writer: Writer, claims: Claims, found: Plan, owner: Owner) -> None:
+        """Let the owner's claims on what it needs live by this owner, whatever an earlier one left of them.
+
+        A killed `release`, or a daemon that is dead, left them to be healed. Their journals stay: what they
+        say is still what the device was like before.
+        """
+        wanted = {item.resource for assignment in found.assignments for item in assignment.wanted}
+        for token in dict.fromkeys(claim.token for claim in claims.of(owner) if claim.resource in wanted):
+            for claim in claims.with_token(token):
+                if claim.worker and processes.is_alive(self.settings, claim.worker):
+                    raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
+                if claim.owner != owner or claim.state is not State.ACTIVE:
+                    writer.replace(replace(claim, owner=owner, state=State.ACTIVE, worker=None))
 
     def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
         """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""

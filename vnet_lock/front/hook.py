@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-    from vnet_lock.model import Owner, Request
+    from vnet_lock.model import Owner, Plan, Refusal, Request
     from vnet_lock.session import Grant
 
 # libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
@@ -35,6 +35,9 @@ _FAIL_CLOSED = ("prepare", "start", "port-created")
 
 class Guards(Protocol):
     """What the hook needs of a session."""
+
+    def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
+        """Say what a guest would get; change nothing."""
 
     def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
@@ -70,7 +73,7 @@ class TooLate(VnetLockError):
 class Call(NamedTuple):
     """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it.
 
-    The network hook's is about a network: ``guest`` is its name then.
+    A user's own daemon (qemu:///session) calls the same hook, which then is no root, and can claim nothing.
     """
 
     settings: Settings
@@ -78,6 +81,7 @@ class Call(NamedTuple):
     guest: str
     operation: str
     xml: bytes
+    is_root: bool = True
 
 
 def main(argv: Sequence[str], stdin: BinaryIO) -> int:
@@ -87,7 +91,8 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     and libvirt's own arguments: the guest's name, the operation, and two more.
     """
     root, daemon_pid, guest, operation = argv[:4]
-    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read())
+    is_root = not os.geteuid() or bool(root)
+    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
     arm_deadline(operation, report)
     status = answer(call, _open_session, report)
@@ -130,6 +135,10 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     """
     if call.operation not in ("prepare", "start", "reconnect", "stopped", "release"):
         return
+    if not call.is_root:
+        if call.operation == "prepare":
+            _check_for_user(call, open_session)
+        return
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
     from vnet_lock.model import Fixed, Intent
@@ -165,6 +174,28 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
             companion.start_all(call.settings, owner, grants)
     else:
         session.adopt(owner, requests)
+
+
+def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+    """Refuse a user's own guest what another has, and what takes root to make; it gets no claim.
+
+    A device that root has given to the user by VFIO is his to use, and is seen to be used by who claims.
+    """
+    from vnet_lock import domain_xml
+    from vnet_lock.model import Intent, Refusal
+
+    requests = domain_xml.read_guest(call.xml).requests
+    for request in requests:
+        if isinstance(request, Intent):
+            raise VnetLockError(
+                f"{request.interface}: networks of the host are root's to give; have guest"
+                f" \"{call.guest}\" in qemu:///system, or give it an <interface type='user'>"
+            )
+    found = open_session(call.settings).plan(requests)
+    if isinstance(found, Refusal):
+        from vnet_lock.planning import error_of
+
+        raise error_of(found)
 
 
 def _open_session(settings: Settings) -> Guards:
