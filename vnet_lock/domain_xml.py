@@ -99,17 +99,41 @@ def read_guest(xml: bytes) -> Guest:
     return Guest(_read_name(root), _read_uuid(root), (*fixed, *_late_intents(wishes)))
 
 
-def read_wishes(xml: bytes) -> tuple[Wish, ...]:
-    """What the metadata asks for, for who writes the interfaces anew: they may be missing, or of any form.
+def read_wishes(xml: bytes) -> tuple[Guest, tuple[Wish, ...]]:
+    """The guest without what its metadata asks for, and that, for who writes the interfaces anew.
 
-    BadInput where the document or an intent cannot be understood.
+    These may be missing, or of any form. BadInput where the document or an intent cannot be understood.
     """
     root = parse(xml)
-    return _read_wishes(root, _targets(root))
+    wishes = _read_wishes(root, _targets(root))
+    asked = {wish.intent.interface for wish in wishes}
+    fixed = tuple(one for one in _read_fixed(root, _Keys(), wishes) if one.interface not in asked)
+    return Guest(_read_name(root), _read_uuid(root), fixed), wishes
+
+
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """A network interface or host device of a guest: libvirt's alias, the MAC, and its key among claims."""
+
+    alias: str
+    mac: str
+    key: str
+
+
+def read_plugged(xml: bytes) -> tuple[Plugged, ...]:
+    """What a guest has; of a running guest each has an alias."""
+    root, keys = parse(xml), _Keys()
+    found = (item for name in ("interface", "hostdev") for item in root.iterfind(f"devices/{name}"))
+    return tuple(
+        Plugged(
+            _attribute(item, "alias", "name"), _attribute(item, "mac", "address").lower(), keys.name(item)
+        )
+        for item in found
+    )
 
 
 def read_fixed(root: Element) -> Guest:
-    """What libvirt itself opens for the guest of a <domain> that was parsed, whatever its metadata asks for."""
+    """What libvirt itself opens for the guest of a <domain>, whatever its metadata asks for."""
     return Guest(_read_name(root), _read_uuid(root), tuple(_read_fixed(root, _Keys(), ())))
 
 
@@ -245,6 +269,11 @@ def _read_host_address(element: Element, key: str) -> PciAddress:
     address = element.find("source/address")
     if address is None:
         raise BadInput(f"{key}: its <source> has no PCI <address>")
+    return read_address(address, key)
+
+
+def read_address(address: Element, key: str) -> PciAddress:
+    """The function that an <address> names; BadInput, with whose it is, where it names none."""
     try:
         parts = [_number(address.get(name, default)) for name, default in _ADDRESS]
         if any(part > limit for part, limit in zip(parts, (0xFFFFFFFF, 0xFF, 0x1F, 7), strict=True)):

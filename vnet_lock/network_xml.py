@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vnet_lock.domain_xml import parse, read_fixed
+from vnet_lock.domain_xml import parse, read_address, read_fixed
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Fixed
+from vnet_lock.model import Fixed, PciAddress
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
+# The owner of a port that only keeps libvirt from choosing its VF: no guest has this UUID.
+RESERVING = "766e6574-2d6c-4f63-8b00-000000000000"
 # The kinds of plugs that have a device of ours, as the types of a guest's interface.
 _TYPES = {"hostdev-pci": "hostdev", "direct": "direct"}
 
@@ -41,6 +43,14 @@ def read_port(xml: bytes) -> Port | None:
     if not found.uuid:
         raise BadInput(f"network port of guest {found.name!r}: its owner has no uuid")
     return Port(found.name, found.uuid, request)
+
+
+def read_pool(xml: bytes) -> frozenset[PciAddress]:
+    """The VFs that a <network> gives out, as an active one tells; none where it has no such pool."""
+    forward = parse(xml, "network").find("forward")
+    if forward is None or forward.get("mode") != "hostdev":
+        return frozenset()
+    return frozenset(read_address(one, "network") for one in forward.findall("address"))
 
 
 def _as_guest(port: Element, plug: Element) -> Element:

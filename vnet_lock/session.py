@@ -107,15 +107,29 @@ class Session:
 
     # --- asking -------------------------------------------------------------------------------
 
-    def plan(self, requests: Iterable[Request], owner: Owner | None = None) -> Plan | Refusal:
-        """What would be done now; changes nothing."""
+    def plan(
+        self, requests: Iterable[Request], owner: Owner | None = None, beside: bool = False
+    ) -> Plan | Refusal:
+        """What would be done now, in the place of what the owner has or ``beside`` it; changes nothing."""
         requests = self._resolve(requests)
         claims = self.table.read()
         stale = frozenset(Liveness(self.settings).stale(claims))
         inventory = self._observe(requests, _needs_vlans(requests, claims))
         situation = self._situation(inventory, owner, requests)
         left = self._left_to_host(inventory)
-        return plan(requests, replace(situation, claims=claims, stale=stale, left_to_host=left))
+        return plan(
+            requests, replace(situation, claims=claims, stale=stale, left_to_host=left, beside=beside)
+        )
+
+    def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
+        """Those VFs that can't be given to anybody now: claimed, or in use."""
+        claims = self.table.read()
+        inventory = read_inventory(self.settings, [pci.text for pci in pcis])
+        stale = frozenset(Liveness(self.settings).stale(claims))
+        situation = replace(
+            self._situation(inventory), claims=claims, stale=stale, left_to_host=self._left_to_host(inventory)
+        )
+        return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
 
     # --- taking -------------------------------------------------------------------------------
 
@@ -222,7 +236,9 @@ class Session:
             held = claims.of(owner)
             added: list[Claim] = []
             for assignment in found.assignments:
-                missing = _missing(assignment.wanted, held)
+                # Shares are counted: each interface gives its own back.
+                own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
+                missing = _missing(assignment.wanted, own)
                 made = self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
                 journal = _left_by_libvirt(assignment)
                 added += [replace(claim, journal=journal) for claim in made[:1]] + made[1:]
@@ -677,6 +693,11 @@ def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
     wanted = (Tenancy(request.policy) for request in requests if isinstance(request, Intent))
     return needs_vlans(wanted, claims.records)
+
+
+def _is_for(claim: Claim, request: Request) -> bool:
+    """Whether a guest's claim was made for this interface, under whichever name."""
+    return claim.interface == request.interface or (claim.mac is not None and claim.mac == request.mac)
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:

@@ -21,6 +21,8 @@ class Settings:
     etc: str = "/etc/vnet-lock"
     etc_libvirt: str = "/etc/libvirt"
     lib_modules: str = "/lib/modules"
+    # What guests that are run without libvirt's daemon keep.
+    lib: str = "/var/lib/vnet-lock"
 
     # How long a claim that is being released by another process is waited for, at most.
     busy_wait_s: float = 5.0
@@ -48,6 +50,7 @@ class Settings:
             etc=root + plain.etc,
             etc_libvirt=root + plain.etc_libvirt,
             lib_modules=root + plain.lib_modules,
+            lib=root + plain.lib,
         )
 
     @property

@@ -50,7 +50,8 @@ def domain_xml(
 ) -> str:
     """A libvirt guest: ``interfaces`` is the XML of its devices, ``words`` its kernel command line.
 
-    With ``shares_memory`` another process can have its memory. ``console`` is the log of its serial port; ``console.sock`` beside it takes orders.
+    With ``shares_memory`` another process can have its memory. ``console`` is the log of its serial port;
+    ``console.sock`` beside it takes orders.
     """
     found = image()
     return f"""<domain type='kvm'>

@@ -404,9 +404,11 @@ def test_an_interface_that_is_resolved_to_something_else_than_its_intent_is_refu
 
 @pytest.mark.parametrize("kind", ["network", "mcast", "ethernet"])
 def test_who_writes_interfaces_anew_may_find_any_form_or_none(kind: str) -> None:
-    (wish,) = read_wishes(domain(f"<interface type='{kind}'><alias name='ua-net0'/></interface>", INTENT))
+    xml = domain(f"<interface type='{kind}'><alias name='ua-net0'/></interface>", INTENT)
+    _, (wish,) = read_wishes(xml)
     assert (wish.kind, wish.is_resolved, wish.intent.backends) == (kind, kind != "ethernet", ())
-    (wish,) = read_wishes(domain("", INTENT))
+    guest, (wish,) = read_wishes(domain(PLUGGED, INTENT))
+    assert [one.interface for one in guest.requests] == ["ua-vf0"]
     assert (wish.kind, wish.is_resolved) == ("", False)
 
 

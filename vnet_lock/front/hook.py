@@ -74,7 +74,6 @@ class Call(NamedTuple):
     """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it.
 
     A user's own daemon (qemu:///session) calls the same hook, which then is no root, and can claim nothing.
-    The network hook's is about a network: ``guest`` is its name then.
     """
 
     settings: Settings

@@ -88,6 +88,12 @@ class Event:
     alias: str = ""
     detail: int = 0
 
+    @property
+    def is_failure(self) -> bool:
+        """Whether it tells that a guest ended by a crash, or couldn't be started."""
+        ends = (libvirt.VIR_DOMAIN_EVENT_STOPPED_CRASHED, libvirt.VIR_DOMAIN_EVENT_STOPPED_FAILED)
+        return self.what is Happened.CRASHED or (self.what is Happened.STOPPED and self.detail in ends)
+
 
 class Libvirt:
     """A connection to a libvirt daemon, or to a driver within this process (``qemu:///embed``)."""
@@ -152,7 +158,7 @@ class Libvirt:
             found = self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
             return [Domain(self, one) for one in found]
 
-    def define(self, xml: str, validate: bool = True) -> Domain:
+    def define(self, xml: str, validate: bool = False) -> Domain:
         """Define a persistent guest, or a new definition of one; BadInput where libvirt can't read it."""
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
         with self._about("define"):
@@ -164,6 +170,12 @@ class Libvirt:
         flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY if auto_destroy else 0
         with self._about("start"):
             return Domain(self, self._connection.createXML(xml, flags))
+
+    def read_networks(self) -> list[Network]:
+        """The networks that are active."""
+        with self._about("networks"):
+            found = self._connection.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)
+            return [Network(self, one) for one in found]
 
     def listen(self, domain: Domain | None = None) -> None:
         """From now on ``events`` tells what happens, to one guest or to all.
@@ -244,6 +256,12 @@ class Domain:
         """Whether it has a definition that stays."""
         with self._about():
             return bool(self._domain.isPersistent())
+
+    @property
+    def has_saved_state(self) -> bool:
+        """Whether its next start would go on where a managed save ended."""
+        with self._about():
+            return bool(self._domain.hasManagedSaveImage())
 
     def read_xml(self, inactive: bool = False, secrets: bool = False) -> str:
         """Its XML as it runs, or (``inactive``) as it will start the next time."""
@@ -339,6 +357,44 @@ class Domain:
     @contextmanager
     def _about(self) -> Iterator[None]:
         with self._libvirt._about(f'guest "{self.name}"'):
+            yield
+
+
+class Network:
+    """A network of libvirt's, with the ports by which guests are connected to it."""
+
+    def __init__(self, owner: Libvirt, network: Any) -> None:
+        self._libvirt = owner
+        self._network = network
+        self.name: str = network.name()
+
+    def read_xml(self) -> str:
+        """Its XML as it is now, with the devices that it found for itself."""
+        with self._about():
+            return str(self._network.XMLDesc(0))
+
+    def read_ports(self) -> list[tuple[str, str]]:
+        """The UUID and XML of each port."""
+        with self._about():
+            return [(port.UUIDString(), str(port.XMLDesc(0))) for port in self._network.listAllPorts()]
+
+    def add_port(self, xml: str) -> None:
+        """Make a port with the device that its XML names; VnetLockError where another port has it."""
+        with self._about():
+            self._network.portCreateXML(xml, libvirt.VIR_NETWORK_PORT_CREATE_RECLAIM)
+
+    def remove_port(self, uuid: str) -> None:
+        """Remove a port; absent is success."""
+        with self._about():
+            try:
+                self._network.portLookupByUUIDString(uuid).delete()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK_PORT:
+                    raise
+
+    @contextmanager
+    def _about(self) -> Iterator[None]:
+        with self._libvirt._about(f'network "{self.name}"'):
             yield
 
 

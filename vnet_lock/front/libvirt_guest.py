@@ -6,7 +6,7 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import Fixed, Inventory, Owner, OwnerKind, Process
+from vnet_lock.model import Fixed, Inventory, Owner, OwnerKind, PciAddress, Process
 from vnet_lock.settings import Settings
 
 
@@ -43,13 +43,15 @@ def read_daemon(settings: Settings) -> Process | None:
 def find_tokens(settings: Settings, table: ClaimTable, owner: Owner, request: Fixed) -> list[str]:
     """The tokens of what a guest has claimed for one of its interfaces.
 
-    Two of them may share a device, or a MAC address, but hardly both.
+    A PCI function is in a guest once; of a network device that several interfaces share each has a claim.
     """
     names = device_names(read_inventory(settings, [str(request.device)]), request)
+    is_shared = not isinstance(request.device, PciAddress)
     found = (
         claim.token
         for claim in table.read().of(owner)
-        if claim.resource.name in names and (claim.interface == request.interface or claim.mac == request.mac)
+        if claim.resource.name in names
+        and (not is_shared or claim.interface == request.interface or claim.mac == request.mac)
     )
     return list(dict.fromkeys(found))
 
@@ -59,3 +61,9 @@ def device_names(inventory: Inventory, request: Fixed) -> frozenset[str]:
     name = str(request.device)
     nic = inventory.nic_named(name)
     return frozenset({name, inventory.resource_of(nic).name} if nic else {name})
+
+
+def address_words(pci: PciAddress) -> str:
+    """The attributes of libvirt's <address> for a PCI function."""
+    parts = (pci.domain, pci.bus, pci.device, pci.function)
+    return "domain='{:#06x}' bus='{:#04x}' slot='{:#04x}' function='{:#x}'".format(*parts)

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+from urllib.parse import urlsplit
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.domain_xml import parse, read_fixed, read_user_aliases
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error
-from vnet_lock.front.libvirt_client import Disconnected, Domain, Happened, Libvirt
+from vnet_lock.front.libvirt_client import DEFAULT_URI, Disconnected, Domain, Happened, Libvirt
 from vnet_lock.front.libvirt_guest import find_tokens, read_owner
-from vnet_lock.model import Fixed, Owner, Request
+from vnet_lock.front.pool_ports import PoolPorts
+from vnet_lock.model import Fixed, Owner, PciAddress, Request
 from vnet_lock.settings import Settings
 
 _PROGRAM = "vnet-lock"
@@ -39,6 +41,9 @@ class Guards(Protocol):
     def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
         """Give back some of what a guest had."""
 
+    def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
+        """Those VFs that can't be given to anybody now."""
+
 
 @dataclass(frozen=True, slots=True)
 class Seen:
@@ -49,7 +54,13 @@ class Seen:
 
 
 def follow(settings: Settings, session: Guards, uri: str | None) -> int:
-    """Watch until SIGTERM or SIGINT; 0 then. A daemon that is away is waited for."""
+    """Watch until SIGTERM or SIGINT; 0 then. A daemon that is away is waited for.
+
+    BadInput where it isn't the daemon of this host's own guests.
+    """
+    uri = uri or DEFAULT_URI
+    if urlsplit(uri).netloc or urlsplit(uri).path != "/system":
+        raise BadInput(f"{uri} has guests that aren't root's on this host; watch {DEFAULT_URI}")
     watch = Watch(settings, session)
     was_there = True
     with _told_to_end(watch):
@@ -76,6 +87,7 @@ class Watch:
         self._seen: dict[str, Seen] = {}
         # What is wrong with a guest, as it was said; one with a conflict is looked at until there is none.
         self._wrong: dict[str, list[str]] = {}
+        self._ports = PoolPorts(settings, session)
 
     def run(self, libvirt: Libvirt) -> None:
         """Look at all guests, and again at each one that something happens to; Disconnected at the end."""
@@ -92,6 +104,8 @@ class Watch:
                     self._look_again(libvirt, event.uuid)
             for uuid in tuple(self._wrong):
                 self._look_again(libvirt, uuid)
+            self._ports.update(libvirt)
+        self._ports.remove(libvirt)
 
     def look(self, domain: Domain) -> None:
         """Claim what the guest has, and give back what it has had."""
@@ -125,7 +139,7 @@ class Watch:
         """Claim a device that the guest has; what is wrong, empty where nothing is."""
         try:
             for resource in self._session.adopt(owner, [request]):
-                print(f"{owner.text} has {resource} by a hot-plug: claimed", flush=True)
+                print(f"{resource} is claimed for {owner.text}, which has it", flush=True)
         except VnetLockError as error:
             return f"conflict: {owner.text} has {request.device}, but {error}; unplug it from one of them"
         return ""
@@ -147,7 +161,7 @@ class Watch:
             self._session.release_tokens(owner, tokens)
         except VnetLockError as error:
             return f"{owner.text}: {error}"
-        print(f"{owner.text} had a device unplugged: given back", flush=True)
+        print(f"what was unplugged from {owner.text} is given back", flush=True)
         return ""
 
     def _say(self, uuid: str, wrong: list[str]) -> None:
@@ -162,8 +176,8 @@ class Watch:
 
 
 def _key(request: Fixed) -> tuple[object, ...]:
-    """What of a device stays the same while others come and go."""
-    return request.device, request.form, request.mac
+    """What of a device stays the same while others come and go; a network device may be in it twice."""
+    return (request.device, None if isinstance(request.device, PciAddress) else request.mac)
 
 
 @contextmanager
