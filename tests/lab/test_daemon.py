@@ -74,7 +74,7 @@ def test_a_daemon_that_is_killed_while_it_starts_a_guest_leaves_its_vf_to_others
     made = guests.libvirt("halfway", hostdev_xml(vf, "52:54:00:00:08:01"), start=False)
     with killed_at("halfway", operation):
         assert made.start(check=False).returncode != 0
-    assert not LIBVIRTD.is_alive
+    wait_until(lambda: not LIBVIRTD.is_alive, "libvirtd is killed")
     LIBVIRTD.begin()
     if operation == "started":
         # There is a QEMU with its status file. Whether libvirt lets it live is libvirt's to say.
