@@ -9,10 +9,12 @@ from typing import assert_never
 
 from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import (
+    Companion,
     DhcpServer,
     Driver,
     Entry,
     EswitchMode,
+    Keeper,
     LibvirtMacvtap,
     Link,
     MadeLink,
@@ -49,6 +51,14 @@ def undo(settings: Settings, claim: Claim, shared: Collection[str] = ()) -> list
     return failures
 
 
+def end_keeper(settings: Settings, entry: Keeper) -> None:
+    """End what serves a guest; VnetLockError where it doesn't end."""
+    from vnet_lock.kernel import background
+
+    process = Process(entry.pid, entry.start_ticks)
+    background.end(settings, process, "the process that keeps up a guest's network")
+
+
 def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - one for each kind
     match entry:
         case MadeLink():
@@ -83,6 +93,13 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
         case SocketFile():
             with suppress(FileNotFoundError):
                 os.unlink(entry.path)
+        case Companion():
+            from vnet_lock.kernel import background
+
+            process = Process(entry.pid, entry.start_ticks)
+            background.end(settings, process, "the process that was to plug a device into a guest")
+        case Keeper():
+            end_keeper(settings, entry)
         case LibvirtMacvtap():
             _remove_libvirts(settings, entry)
         case VfAdmin():

@@ -12,7 +12,7 @@ import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
-from vnet_lock.errors import BadInput, VnetLockError
+from vnet_lock.errors import VnetLockError
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -21,14 +21,13 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
     from vnet_lock.model import Owner, Plan, Refusal, Request
+    from vnet_lock.session import Grant
 
-# libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
-# is given up and undone; what isn't undone within the second is left to the claim's journal. A prepare takes
-# a tenth of a second; on a host under full emulation and load 30 s were seen.
-DEADLINE_S = 40
+# What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
-_FAIL_CLOSED = ("prepare", "start")
+# Of the qemu hook and of the network hook.
+_FAIL_CLOSED = ("prepare", "start", "port-created")
 
 
 class Guards(Protocol):
@@ -37,10 +36,13 @@ class Guards(Protocol):
     def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
         """Say what a guest would get; change nothing."""
 
-    def acquire(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Have processes of ours serve a guest where its QEMU looks for sockets."""
+
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> object:
         """Claim what libvirt has set up for a guest already."""
 
     def hand_over(self, old: Owner, new: Owner) -> None:
@@ -62,6 +64,10 @@ class Report(Protocol):
 
 class DeadlinePassed(BaseException):
     """The hook has used up its time. No VnetLockError: who collects failures must not carry on."""
+
+
+class TooLate(VnetLockError):
+    """Something is wrong, but the guest has it already: to fail now would only do more harm."""
 
 
 class Call(NamedTuple):
@@ -88,7 +94,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report)
+    arm_deadline(operation, report, read_deadline_s(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -96,18 +102,24 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
 
 def answer(call: Call, open_session: Callable[[Settings], Guards], report: Report) -> int:
     """Perform an operation, report what goes wrong, and return the exit status that libvirt is to see."""
-    status = 1 if call.operation in _FAIL_CLOSED else 0
+    return answer_with(lambda: perform(call, open_session), call.operation, f'guest "{call.guest}"', report)
+
+
+def answer_with(body: Callable[[], None], operation: str, of: str, report: Report) -> int:
+    """As ``answer``, for any hook of libvirt's."""
+    status = 1 if operation in _FAIL_CLOSED else 0
     try:
-        perform(call, open_session)
+        body()
     except (VnetLockError, DeadlinePassed) as error:
+        status = 0 if isinstance(error, TooLate) else status
         report.say(f"vnet-lock: {error}")
         if not status:
-            report.log(f'{call.operation} of guest "{call.guest}": {error}')
+            report.log(f"{operation} of {of}: {error}")
         return status
     except Exception as error:
         import traceback  # 5 ms
 
-        report.log(f'{call.operation} of guest "{call.guest}": {traceback.format_exc()}')
+        report.log(f"{operation} of {of}: {traceback.format_exc()}")
         report.say(traceback.format_exc())
         report.say(f"vnet-lock: unexpected {type(error).__name__}: {error}; please report it")
         return status
@@ -128,12 +140,13 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
             _check_for_user(call, open_session)
         return
     from vnet_lock import domain_xml
+    from vnet_lock.front.libvirt_guest import read_owner
     from vnet_lock.model import Fixed
 
     if call.operation in ("stopped", "release"):
         # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
         _, uuid = domain_xml.read_identity(call.xml)
-        owner = _owner(call, uuid)
+        owner = read_owner(call.settings, call.guest, uuid, call.daemon_pid)
         if call.operation == "release":
             open_session(call.settings).release(owner)
         elif os.path.lexists(f"{call.settings.libvirt_run}/qemu/{call.guest}.xml"):
@@ -149,14 +162,27 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         requests = tuple(request for request in requests if isinstance(request, Fixed))
     if not requests:
         return
-    owner = _owner(call, found.uuid)
+    owner = read_owner(call.settings, call.guest, found.uuid, call.daemon_pid)
     if owner.process is None:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
-        session.acquire(owner, requests)
+        _prepare(session, owner, requests, call.settings)
     else:
-        session.adopt(owner, requests)
+        session.adopt(owner, requests, running=call.operation == "reconnect")
+
+
+def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
+    """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
+    from vnet_lock.model import Intent
+
+    grants = session.acquire(owner, requests)
+    if any(isinstance(one, Intent) and one.socket for one in requests):
+        session.serve(grants)
+    if any(isinstance(one, Intent) and one.hotplug for one in requests):
+        from vnet_lock.front import companion  # 1 ms
+
+        companion.start_all(settings, owner, grants)
 
 
 def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
@@ -181,32 +207,22 @@ def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> N
         raise error_of(found)
 
 
-def _owner(call: Call, uuid: str) -> Owner:
-    """The guest as owner: the daemon while it starts, and QEMU by the lock on its pid file afterwards."""
-    from vnet_lock.kernel import processes
-    from vnet_lock.model import Owner, OwnerKind
-
-    if not call.guest or "/" in call.guest:
-        raise BadInput(f"{call.guest!r} is no name of a guest")
-    if not uuid:
-        raise BadInput(f'the XML of guest "{call.guest}" has no uuid')
-    return Owner(
-        kind=OwnerKind.LIBVIRT,
-        name=call.guest,
-        boot_id=processes.read_boot_id(call.settings),
-        uuid=uuid,
-        process=processes.read_process(call.settings, call.daemon_pid),
-        pid_file=f"{call.settings.libvirt_run}/qemu/{call.guest}.pid",
-    )
-
-
 def _open_session(settings: Settings) -> Guards:
     from vnet_lock.session import Session
 
     return Session(settings)
 
 
-def arm_deadline(operation: str, report: Report, deadline_s: int = DEADLINE_S, undo_s: int = UNDO_S) -> None:
+def read_deadline_s(settings: Settings) -> int:
+    """When a hook is to give up, as the host's configuration has it."""
+    if os.path.lexists(settings.config_path):
+        from vnet_lock.config import tuned  # 10 ms, for who has a file
+
+        settings = tuned(settings)
+    return max(1, int(settings.hook_s))
+
+
+def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = UNDO_S) -> None:
     """Raise DeadlinePassed in whatever runs after ``deadline_s``; end the process ``undo_s`` after that.
 
     Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 AUDIT_ERROR = 3
 REFUSED = 4
 # What plan takes in the place of a guest: the keys of -netdev host.
-_PLAN_WORDS = ("mode", "dev", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
+_PLAN_WORDS = ("mode", "dev", "pool", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
 _WATCH_S = 1.0
 _STAYS = "; the claims stay until it can be undone"
 # How often a host is looked at again that changes while we look.
@@ -152,6 +152,19 @@ def gc(settings: Settings, args: Namespace) -> int:
     return 0
 
 
+def doctor(settings: Settings, args: Namespace) -> int:
+    """The installation, checked; AUDIT_ERROR where something is an error."""
+    from vnet_lock.front.doctor import Health, examine
+
+    checks = [*examine(settings)]
+    if args.json:
+        found = [{"health": one.health.value, "check": one.kind, "message": one.message} for one in checks]
+        print(_dumps({"version": report_json.VERSION, "checks": found}))
+    else:
+        print(report.checks_text(checks, _style(sys.stdout)))
+    return AUDIT_ERROR if any(one.health is Health.ERROR for one in checks) else 0
+
+
 def reap(settings: Settings, args: Namespace) -> int:
     """Heal once, as gc does; with --follow as soon as an owner is dead, until we are told to end."""
 
@@ -170,6 +183,14 @@ def reap(settings: Settings, args: Namespace) -> int:
     from vnet_lock.front import reaper
 
     return reaper.follow(settings, heal)
+
+
+def watch(settings: Settings, args: Namespace) -> int:
+    """Claim what libvirt's guests get by a hot-plug, until we are told to end."""
+    from vnet_lock.front.watch import follow
+    from vnet_lock.session import Session
+
+    return follow(settings, Session(settings), args.connect)
 
 
 def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
@@ -283,10 +304,10 @@ def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, t
         return _read_guest(settings, args.guest)
     if args.mode is None:
         raise BadInput("plan needs a GUEST.xml, or --mode and --dev; see: vnet-lock plan --help")
-    return None, _read_words(args)
+    return None, read_words(args)
 
 
-def _read_words(args: Namespace) -> tuple[Request, ...]:
+def read_words(args: Namespace) -> tuple[Request, ...]:
     """As ``-netdev host`` takes them, so that both understand the same."""
     from vnet_lock.qemu_argv import read_argv
 
@@ -303,18 +324,24 @@ def _read_words(args: Namespace) -> tuple[Request, ...]:
         raise BadInput(str(error).removeprefix(f"-netdev {network}: ")) from error
 
 
-def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...]]:
-    from vnet_lock.domain_xml import SIZE_LIMIT_BYTES, read_guest
-    from vnet_lock.kernel.processes import read_boot_id
+def read_file(path: str) -> bytes:
+    """A file that the user names, ``-`` for standard input; BadInput where it can't be read."""
+    from vnet_lock.domain_xml import SIZE_LIMIT_BYTES
 
     try:
         if path == "-":
-            xml = sys.stdin.buffer.read(SIZE_LIMIT_BYTES + 1)
-        else:
-            with open(path, "rb") as file:
-                xml = file.read(SIZE_LIMIT_BYTES + 1)
+            return sys.stdin.buffer.read(SIZE_LIMIT_BYTES + 1)
+        with open(path, "rb") as file:
+            return file.read(SIZE_LIMIT_BYTES + 1)
     except OSError as error:
         raise BadInput(f"cannot read {path or repr(path)}: {error.strerror}; see: ls -l") from error
+
+
+def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...]]:
+    from vnet_lock.domain_xml import read_guest
+    from vnet_lock.kernel.processes import read_boot_id
+
+    xml = read_file(path)
     try:
         guest = read_guest(xml)
     except BadInput as error:

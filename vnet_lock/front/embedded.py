@@ -1,0 +1,139 @@
+"""vnet-qemu GUEST.xml: a libvirt guest without libvirt's daemon, by the driver that libvirt has to embed.
+
+No hook runs there (qemu:///embed calls none), so all that the guest wants is claimed and made here, before
+libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own: what the claims live
+by is the lock that QEMU holds on libvirt's pid file, so that kill -9 of this process takes nothing from it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, NoReturn
+from uuid import uuid4
+
+from vnet_lock.domain_rewrite import with_uuid
+from vnet_lock.domain_xml import read_guest, read_identity
+from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.front.program import ENDING
+from vnet_lock.front.resolver import resolve
+from vnet_lock.front.verbs import read_file
+from vnet_lock.kernel import processes
+from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.session import Session
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.front.libvirt_client import Domain, Libvirt
+
+# Who is quicker takes what was planned: then it is planned again.
+_ATTEMPTS = 5
+_TICK_S = 60.0
+
+
+class _Ended(BaseException):
+    """A signal that ends the guest."""
+
+
+def run(settings: Settings, path: str, print_only: bool) -> int:
+    """Run the guest of a file until its end, or print it as libvirt would get it.
+
+    0 where it was shut down, or ended by a signal to us; VnetLockError where it couldn't be started, or ended
+    otherwise.
+    """
+    xml = read_file(path)
+    name, uuid = read_identity(xml)
+    uuid = uuid or str(uuid4())
+    root = f"{settings.lib}/embed/{name}"
+    owner = Owner(
+        kind=OwnerKind.LIBVIRT,
+        name=name,
+        boot_id=processes.read_boot_id(settings),
+        uuid=uuid,
+        process=processes.this_process(settings),
+        pid_file=f"{root}/run/qemu/{name}.pid",
+    )
+    session = Session(settings)
+    if print_only:
+        sys.stdout.buffer.write(resolve(session, xml, owner).xml)
+        return 0
+    for number in ENDING:
+        signal.signal(number, _end)
+    _require_alone(root, name)
+    with _open(root) as libvirt:
+        try:
+            xml = _acquire(session, with_uuid(xml, uuid), owner)
+            return _run(libvirt, xml, f"{root}/log/qemu/{name}.log")
+        except _Ended:
+            return 0
+        finally:
+            # A second signal must not cut short what undoes the first.
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+            session.release(owner)
+
+
+def _require_alone(root: str, name: str) -> None:
+    """See that the guest doesn't run already: the driver, once opened, would end one that was left behind."""
+    for file, what in (
+        ("driver", "is run by another vnet-qemu"),
+        (name, "is running already, without vnet-qemu"),
+    ):
+        try:
+            pid = processes.read_lock_holder(f"{root}/run/qemu/{file}.pid")
+        except OSError as error:
+            raise VnetLockError(f"cannot look into {root}: {error.strerror}; run as root") from error
+        if pid is not None:
+            raise VnetLockError(f'guest "{name}" {what} (pid {pid}); to end it: kill {pid}')
+
+
+def _open(root: str) -> Libvirt:
+    """The driver, with a directory of its own: one process at a time has it."""
+    from vnet_lock.front.libvirt_client import Libvirt
+
+    try:
+        os.makedirs(root, 0o700, exist_ok=True)
+    except OSError as error:
+        raise VnetLockError(f"cannot make {root}: {error.strerror}; run as root") from error
+    return Libvirt(f"qemu:///embed?root={root}")
+
+
+def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
+    """Claim and make all that the guest wants; its XML for libvirt."""
+    attempt = 0
+    while True:
+        attempt += 1
+        found = resolve(session, xml, owner)
+        try:
+            for grant in session.acquire(owner, read_guest(found.xml).requests):
+                grant.close()
+        except Refused:
+            if attempt == _ATTEMPTS:
+                raise
+        else:
+            return found.xml
+
+
+def _run(libvirt: Libvirt, xml: bytes, log: str) -> int:
+    from vnet_lock.front.libvirt_client import Happened
+
+    libvirt.listen()
+    domain: Domain | None = None
+    try:
+        domain = libvirt.create(xml.decode())
+        while True:
+            for event in libvirt.events(_TICK_S):
+                if event.what is Happened.STOPPED:
+                    if event.is_failure:
+                        raise VnetLockError(f'guest "{domain.name}" didn\'t end by itself; see: {log}')
+                    return 0
+    except BaseException:
+        domain = domain or libvirt.find_or_none(read_identity(xml)[0])
+        if domain is not None:
+            domain.destroy()
+        raise
+
+
+def _end(_number: int, _frame: object) -> NoReturn:
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    raise _Ended
