@@ -15,7 +15,7 @@ from uuid import uuid4
 
 from vnet_lock.domain_rewrite import with_uuid
 from vnet_lock.domain_xml import read_guest, read_identity
-from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front.program import ENDING
 from vnet_lock.front.resolver import resolve
 from vnet_lock.front.verbs import read_file
@@ -61,7 +61,7 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     for number in ENDING:
         signal.signal(number, _end)
     _require_alone(root, name)
-    with _open(root) as libvirt:
+    with _open(settings, root) as libvirt:
         try:
             xml = _acquire(session, with_uuid(xml, uuid), owner)
             return _run(libvirt, xml, f"{root}/log/qemu/{name}.log")
@@ -75,10 +75,10 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
 
 def _require_alone(root: str, name: str) -> None:
     """See that the guest doesn't run already: the driver, once opened, would end one that was left behind."""
-    for file, what in (
-        ("driver", "is run by another vnet-qemu"),
-        (name, "is running already, without vnet-qemu"),
-    ):
+    if name in (".", ".."):
+        raise BadInput(f"guest XML: {name!r} is no name of a guest")
+    words = {"driver": "is run by another vnet-qemu", name: "is running already, without vnet-qemu"}
+    for file, what in words.items():
         try:
             pid = processes.read_lock_holder(f"{root}/run/qemu/{file}.pid")
         except OSError as error:
@@ -87,15 +87,29 @@ def _require_alone(root: str, name: str) -> None:
             raise VnetLockError(f'guest "{name}" {what} (pid {pid}); to end it: kill {pid}')
 
 
-def _open(root: str) -> Libvirt:
+def _open(settings: Settings, root: str) -> Libvirt:
     """The driver, with a directory of its own: one process at a time has it."""
+    try:
+        os.makedirs(f"{root}/etc", 0o700, exist_ok=True)
+        with open(f"{root}/etc/qemu.conf", "wb") as file:
+            file.write(_configuration(f"{settings.etc_libvirt}/qemu.conf"))
+    except OSError as error:
+        raise VnetLockError(f"cannot write below {root}: {error.strerror}; run as root") from error
+    # libvirt reads it when it is loaded; its warnings aren't about what the user typed.
+    os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{root}/libvirt.log")
     from vnet_lock.front.libvirt_client import Libvirt
 
-    try:
-        os.makedirs(root, 0o700, exist_ok=True)
-    except OSError as error:
-        raise VnetLockError(f"cannot make {root}: {error.strerror}; run as root") from error
     return Libvirt(f"qemu:///embed?root={root}")
+
+
+def _configuration(path: str) -> bytes:
+    """As the host has configured its QEMUs, but with logs that libvirt writes without a daemon's help."""
+    try:
+        with open(path, "rb") as file:
+            lines = [line for line in file if not line.lstrip().startswith(b"stdio_handler")]
+    except FileNotFoundError:
+        lines = []
+    return b"".join(lines) + b'\nstdio_handler = "file"\n'
 
 
 def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
