@@ -51,7 +51,8 @@ def guest(host: Host, tmp_path: Path) -> Iterator[Path]:
 
 
 def qemu_pid() -> int | None:
-    return int(PID_FILE.read_text()) if PID_FILE.exists() else None
+    text = PID_FILE.read_text().strip() if PID_FILE.exists() else ""
+    return int(text) if text else None
 
 
 def runs(host: Host) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from vnet_lock.domain_rewrite import with_uuid
@@ -25,15 +25,12 @@ from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
-    from vnet_lock.front.libvirt_client import Domain, Libvirt
+    from vnet_lock.front.libvirt_client import Libvirt
 
 # Who is quicker takes what was planned: then it is planned again.
 _ATTEMPTS = 5
-_TICK_S = 60.0
-
-
-class _Ended(BaseException):
-    """A signal that ends the guest."""
+# How long a signal may wait.
+_TICK_S = 1.0
 
 
 def run(settings: Settings, path: str, print_only: bool) -> int:
@@ -58,19 +55,19 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     if print_only:
         sys.stdout.buffer.write(resolve(session, xml, owner).xml)
         return 0
+    # None of them raises anything: within a callback of libvirt's that would be lost.
+    ended: list[int] = []
     for number in ENDING:
-        signal.signal(number, _end)
+        signal.signal(number, lambda number, _: ended.append(number))
     _require_alone(root, name)
     with _open(settings, root) as libvirt:
         try:
             xml = _acquire(session, with_uuid(xml, uuid), owner)
-            return _run(libvirt, xml, f"{root}/log/qemu/{name}.log")
-        except _Ended:
-            return 0
+            if not ended:
+                _run(libvirt, xml, ended, f"{root}/log/qemu/{name}.log")
         finally:
-            # A second signal must not cut short what undoes the first.
-            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
             session.release(owner)
+    return 0
 
 
 def _require_alone(root: str, name: str) -> None:
@@ -128,26 +125,18 @@ def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
             return found.xml
 
 
-def _run(libvirt: Libvirt, xml: bytes, log: str) -> int:
+def _run(libvirt: Libvirt, xml: bytes, ended: list[int], log: str) -> None:
+    """Until the guest's end, or a signal to us."""
     from vnet_lock.front.libvirt_client import Happened
 
     libvirt.listen()
-    domain: Domain | None = None
+    domain = libvirt.create(xml.decode())
     try:
-        domain = libvirt.create(xml.decode())
-        while True:
+        while not ended:
             for event in libvirt.events(_TICK_S):
                 if event.what is Happened.STOPPED:
                     if event.is_failure:
                         raise VnetLockError(f'guest "{domain.name}" didn\'t end by itself; see: {log}')
-                    return 0
-    except BaseException:
-        domain = domain or libvirt.find_or_none(read_identity(xml)[0])
-        if domain is not None:
-            domain.destroy()
-        raise
-
-
-def _end(_number: int, _frame: object) -> NoReturn:
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    raise _Ended
+                    return
+    finally:
+        domain.destroy()
