@@ -87,7 +87,7 @@ def read_guest(xml: bytes) -> Guest:
     where the document or an intent cannot be understood, Unsupported where a libvirt guest cannot get
     what an intent asks for.
     """
-    root = _parse(xml)
+    root = parse(xml)
     targets = _targets(root)
     wishes = _read_wishes(root, targets)
     for wish in wishes:
@@ -101,7 +101,7 @@ def read_wishes(xml: bytes) -> tuple[Guest, tuple[Wish, ...]]:
 
     These may be missing, or of any form. BadInput where the document or an intent cannot be understood.
     """
-    root = _parse(xml)
+    root = parse(xml)
     wishes = _read_wishes(root, _targets(root))
     asked = {wish.intent.interface for wish in wishes}
     fixed = tuple(one for one in _read_fixed(root, _Keys(), wishes) if one.interface not in asked)
@@ -119,7 +119,7 @@ class Plugged:
 
 def read_plugged(xml: bytes) -> tuple[Plugged, ...]:
     """What a guest has; of a running guest each has an alias."""
-    root, keys = _parse(xml), _Keys()
+    root, keys = parse(xml), _Keys()
     found = (item for name in ("interface", "hostdev") for item in root.iterfind(f"devices/{name}"))
     return tuple(
         Plugged(
@@ -129,13 +129,24 @@ def read_plugged(xml: bytes) -> tuple[Plugged, ...]:
     )
 
 
+def read_fixed(root: Element) -> Guest:
+    """What libvirt itself opens for the guest of a <domain>, whatever its metadata asks for."""
+    return Guest(_read_name(root), _read_uuid(root), tuple(_read_fixed(root, _Keys(), ())))
+
+
+def read_user_aliases(root: Element) -> frozenset[str]:
+    """The aliases that the user gave to interfaces of a <domain>."""
+    return frozenset(filter(None, map(_user_alias, root.iterfind("devices/interface"))))
+
+
 def read_identity(xml: bytes) -> tuple[str, str]:
     """The name and uuid alone, so that a guest with a bad intent can still be released."""
-    root = _parse(xml)
+    root = parse(xml)
     return _read_name(root), _read_uuid(root)
 
 
-def _parse(xml: bytes) -> Element:
+def parse(xml: bytes, tag: str = "domain") -> Element:
+    """A document of libvirt's with this root; BadInput where it is something else, or can't be trusted."""
     # 4 ms, where lxml takes 30. Entities need a DOCTYPE, which is refused before it is read, and expat opens
     # nothing by itself.
     from xml.etree.ElementTree import ParseError, XMLParser
@@ -152,8 +163,8 @@ def _parse(xml: bytes) -> Element:
         raise BadInput(f"guest XML: {error}") from error
     except (LookupError, ValueError) as error:  # an encoding that Python doesn't know, or expat can't take
         raise BadInput(f"guest XML: its encoding cannot be read: {error}") from error
-    if root.tag != "domain":
-        raise BadInput(f"guest XML: the root is <{root.tag}>, not libvirt's <domain>")
+    if root.tag != tag:
+        raise BadInput(f"guest XML: the root is <{root.tag}>, not libvirt's <{tag}>")
     return root
 
 
@@ -255,6 +266,11 @@ def _read_host_address(element: Element, key: str) -> PciAddress:
     address = element.find("source/address")
     if address is None:
         raise BadInput(f"{key}: its <source> has no PCI <address>")
+    return read_address(address, key)
+
+
+def read_address(address: Element, key: str) -> PciAddress:
+    """The function that an <address> names; BadInput, with whose it is, where it names none."""
     try:
         parts = [_number(address.get(name, default)) for name, default in _ADDRESS]
         if any(part > limit for part, limit in zip(parts, (0xFFFFFFFF, 0xFF, 0x1F, 7), strict=True)):

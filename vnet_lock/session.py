@@ -103,6 +103,14 @@ class Session:
         situation = self._situation(self._observe(requests, _needs_vlans(requests, claims)), owner, requests)
         return plan(requests, replace(situation, claims=claims, stale=stale, beside=beside))
 
+    def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
+        """Those VFs that can't be given to anybody now: claimed, or in use."""
+        claims = self.table.read()
+        inventory = read_inventory(self.settings, [pci.text for pci in pcis])
+        stale = frozenset(Liveness(self.settings).stale(claims))
+        situation = replace(self._situation(inventory), claims=claims, stale=stale)
+        return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
+
     # --- taking -------------------------------------------------------------------------------
 
     def acquire(self, owner: Owner, requests: Iterable[Request], beside: bool = False) -> tuple[Grant, ...]:
@@ -182,10 +190,13 @@ class Session:
             return []
 
         def write(writer: Writer, claims: Claims, found: Plan) -> list[Claim]:
+            self._take_over(writer, claims, found, owner)
             held = claims.of(owner)
             added: list[Claim] = []
             for assignment in found.assignments:
-                missing = _missing(assignment.wanted, held)
+                # Shares are counted: each interface gives its own back.
+                own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
+                missing = _missing(assignment.wanted, own)
                 added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
             writer.add(added)
             return added
@@ -236,8 +247,15 @@ class Session:
         for all of them at the end.
         """
         claims = self.table.read().of(owner)
-        tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        self._back.give_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
+        self.release_tokens(owner, (claim.token for claim in claims if claim.interface not in keep))
+
+    def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
+        """As ``release``, of some interfaces of a guest."""
+
+        def still(found: tuple[Claim, ...]) -> bool:
+            return all(claim.owner.is_same_guest(owner) for claim in found)
+
+        self._back.give_all(dict.fromkeys(tokens), still)
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
@@ -543,6 +561,20 @@ class Session:
                 entries = claim.journal + (journal if claim == first else ())
                 writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
 
+    def _take_over(self, writer: Writer, claims: Claims, found: Plan, owner: Owner) -> None:
+        """Let the owner's claims on what it needs live by this owner, whatever an earlier one left of them.
+
+        A killed `release`, or a daemon that is dead, left them to be healed. Their journals stay: what they
+        say is still what the device was like before.
+        """
+        wanted = {item.resource for assignment in found.assignments for item in assignment.wanted}
+        for token in dict.fromkeys(claim.token for claim in claims.of(owner) if claim.resource in wanted):
+            for claim in claims.with_token(token):
+                if claim.worker and processes.is_alive(self.settings, claim.worker):
+                    raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
+                if claim.owner != owner or claim.state is not State.ACTIVE:
+                    writer.replace(replace(claim, owner=owner, state=State.ACTIVE, worker=None))
+
     def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
         """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""
         tokens = dict.fromkeys(claim.token for claim in self.table.read().of(owner))
@@ -567,6 +599,11 @@ def _backends_for(requests: Iterable[Request]) -> set[Backend]:
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
     wanted = (Tenancy(request.policy) for request in requests if isinstance(request, Intent))
     return needs_vlans(wanted, claims.records)
+
+
+def _is_for(claim: Claim, request: Request) -> bool:
+    """Whether a guest's claim was made for this interface, under whichever name."""
+    return claim.interface == request.interface or (claim.mac is not None and claim.mac == request.mac)
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:

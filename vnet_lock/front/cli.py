@@ -75,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("reap", "heal claims whose owner is dead, once, or as soon as it is")
     verb.add_argument("--follow", action="store_true", help="go on until SIGTERM: one process for a host")
 
+    verb = add("watch", "claim what libvirt's guests get by a hot-plug, and say conflicts, until SIGTERM")
+    verb.add_argument("-c", "--connect", metavar="URI", help="libvirt's daemon (default: qemu:///system)")
+
     verb = add("vfs", "show or change the number of a PF's VFs; refused while one of them is in use")
     verb.add_argument("pf", metavar="PF", help="its name or PCI address")
     verb.add_argument("count", metavar="N", nargs="?", type=_natural, help="the new number (sriov_numvfs)")

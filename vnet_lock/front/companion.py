@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import VnetLockError
+from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.journal import Companion, Entry
 from vnet_lock.kernel import background
 from vnet_lock.kernel.liveness import Liveness
@@ -80,12 +81,9 @@ def hostdev_xml(intent: Intent, pci: PciAddress, mac: str) -> str:
     """The VF as libvirt takes it; every value was parsed, and none needs quoting."""
     vlan = f"<vlan><tag id='{intent.vlan}'/></vlan>" if intent.vlan is not None else ""
     teaming = f"<teaming type='transient' persistent='{intent.teaming}'/>" if intent.teaming else ""
-    address = (
-        f"domain='{pci.domain:#06x}' bus='{pci.bus:#04x}' slot='{pci.device:#04x}' function='{pci.function}'"
-    )
     return (
         f"<interface type='hostdev' managed='yes'><mac address='{mac}'/>"
-        f"<source><address type='pci' {address}/></source>{vlan}{teaming}"
+        f"<source><address type='pci' {address_words(pci)}/></source>{vlan}{teaming}"
         f"<alias name='{intent.interface}'/></interface>"
     )
 

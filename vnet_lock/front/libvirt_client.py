@@ -171,6 +171,12 @@ class Libvirt:
         with self._about("start"):
             return Domain(self, self._connection.createXML(xml, flags))
 
+    def read_networks(self) -> list[Network]:
+        """The networks that are active."""
+        with self._about("networks"):
+            found = self._connection.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)
+            return [Network(self, one) for one in found]
+
     def listen(self, domain: Domain | None = None) -> None:
         """From now on ``events`` tells what happens, to one guest or to all.
 
@@ -351,6 +357,44 @@ class Domain:
     @contextmanager
     def _about(self) -> Iterator[None]:
         with self._libvirt._about(f'guest "{self.name}"'):
+            yield
+
+
+class Network:
+    """A network of libvirt's, with the ports by which guests are connected to it."""
+
+    def __init__(self, owner: Libvirt, network: Any) -> None:
+        self._libvirt = owner
+        self._network = network
+        self.name: str = network.name()
+
+    def read_xml(self) -> str:
+        """Its XML as it is now, with the devices that it found for itself."""
+        with self._about():
+            return str(self._network.XMLDesc(0))
+
+    def read_ports(self) -> list[tuple[str, str]]:
+        """The UUID and XML of each port."""
+        with self._about():
+            return [(port.UUIDString(), str(port.XMLDesc(0))) for port in self._network.listAllPorts()]
+
+    def add_port(self, xml: str) -> None:
+        """Make a port with the device that its XML names; VnetLockError where another port has it."""
+        with self._about():
+            self._network.portCreateXML(xml, libvirt.VIR_NETWORK_PORT_CREATE_RECLAIM)
+
+    def remove_port(self, uuid: str) -> None:
+        """Remove a port; absent is success."""
+        with self._about():
+            try:
+                self._network.portLookupByUUIDString(uuid).delete()
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK_PORT:
+                    raise
+
+    @contextmanager
+    def _about(self) -> Iterator[None]:
+        with self._libvirt._about(f'network "{self.name}"'):
             yield
 
 

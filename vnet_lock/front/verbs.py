@@ -172,6 +172,14 @@ def reap(settings: Settings, args: Namespace) -> int:
     return reaper.follow(settings, heal)
 
 
+def watch(settings: Settings, args: Namespace) -> int:
+    """Claim what libvirt's guests get by a hot-plug, until we are told to end."""
+    from vnet_lock.front.watch import follow
+    from vnet_lock.session import Session
+
+    return follow(settings, Session(settings), args.connect)
+
+
 def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
     for one in healed:
         what = ", ".join(each.resource.text for each in one.claims)
