@@ -56,9 +56,9 @@ def qemu_pid() -> int | None:
 
 
 def runs(host: Host) -> bool:
-    """Whether the guest has its QEMU, and that the tap that was made for it."""
-    taps = {"alone-net1"} <= {*host.links()}
-    return taps and qemu_pid() is not None and (ROOT / "run/qemu/alone.xml").exists()
+    """Whether the guest has its QEMU, and that the claims."""
+    pids = {claim["owner"]["process"]["pid"] for claim in host.claims()}
+    return pids == {qemu_pid()} and "alone-net1" in host.links()
 
 
 def test_a_guest_gets_what_it_wants_and_gives_it_back_at_a_signal(host: Host, guest: Path) -> None:

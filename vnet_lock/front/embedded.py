@@ -1,8 +1,8 @@
 """vnet-qemu GUEST.xml: a libvirt guest without libvirt's daemon, by the driver that libvirt has to embed.
 
 No hook runs there (qemu:///embed calls none), so all that the guest wants is claimed and made here, before
-libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own: what the claims live
-by is the lock that QEMU holds on libvirt's pid file, so that kill -9 of this process takes nothing from it.
+libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own, and once it runs the
+claims are QEMU's: kill -9 of this process takes nothing from the guest.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
-from vnet_lock.domain_rewrite import with_uuid
 from vnet_lock.domain_xml import read_guest, read_identity
 from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front.program import ENDING
@@ -25,7 +24,7 @@ from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
-    from vnet_lock.front.libvirt_client import Libvirt
+    from vnet_lock.front.libvirt_client import Domain, Libvirt
 
 # Who is quicker takes what was planned: then it is planned again.
 _ATTEMPTS = 5
@@ -40,17 +39,10 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     otherwise.
     """
     xml = read_file(path)
-    name, uuid = read_identity(xml)
-    uuid = uuid or str(uuid4())
+    name, _ = read_identity(xml)
     root = f"{settings.lib}/embed/{name}"
-    owner = Owner(
-        kind=OwnerKind.LIBVIRT,
-        name=name,
-        boot_id=processes.read_boot_id(settings),
-        uuid=uuid,
-        process=processes.this_process(settings),
-        pid_file=f"{root}/run/qemu/{name}.pid",
-    )
+    me = processes.this_process(settings)
+    owner = Owner(OwnerKind.QEMU, name, processes.read_boot_id(settings), process=me)
     session = Session(settings)
     if print_only:
         sys.stdout.buffer.write(resolve(session, xml, owner).xml)
@@ -60,13 +52,19 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     for number in ENDING:
         signal.signal(number, lambda number, _: ended.append(number))
     _require_alone(root, name)
+    owners = [owner]
     with _open(settings, root) as libvirt:
         try:
-            xml = _acquire(session, with_uuid(xml, uuid), owner)
+            xml = _acquire(session, xml, owner)
             if not ended:
-                _run(libvirt, xml, ended, f"{root}/log/qemu/{name}.log")
+                domain = _create(libvirt, xml)
+                if (pid := processes.read_lock_holder(_pid_file(root, name))) and pid > 0:
+                    owners.append(replace(owner, process=processes.read_process(settings, pid)))
+                    session.hand_over(*owners)
+                _wait(libvirt, domain, ended, f"{root}/log/qemu/{name}.log")
         finally:
-            session.release(owner)
+            for one in owners:
+                session.release(one)
     return 0
 
 
@@ -77,7 +75,7 @@ def _require_alone(root: str, name: str) -> None:
     words = {"driver": "is run by another vnet-qemu", name: "is running already, without vnet-qemu"}
     for file, what in words.items():
         try:
-            pid = processes.read_lock_holder(f"{root}/run/qemu/{file}.pid")
+            pid = processes.read_lock_holder(_pid_file(root, file))
         except OSError as error:
             raise VnetLockError(f"cannot look into {root}: {error.strerror}; run as root") from error
         if pid is not None:
@@ -125,12 +123,15 @@ def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
             return found.xml
 
 
-def _run(libvirt: Libvirt, xml: bytes, ended: list[int], log: str) -> None:
+def _create(libvirt: Libvirt, xml: bytes) -> Domain:
+    libvirt.listen()
+    return libvirt.create(xml.decode())
+
+
+def _wait(libvirt: Libvirt, domain: Domain, ended: list[int], log: str) -> None:
     """Until the guest's end, or a signal to us."""
     from vnet_lock.front.libvirt_client import Happened
 
-    libvirt.listen()
-    domain = libvirt.create(xml.decode())
     try:
         while not ended:
             for event in libvirt.events(_TICK_S):
@@ -140,3 +141,8 @@ def _run(libvirt: Libvirt, xml: bytes, ended: list[int], log: str) -> None:
                     return
     finally:
         domain.destroy()
+
+
+def _pid_file(root: str, name: str) -> str:
+    """libvirt's, whose lock QEMU holds for its life."""
+    return f"{root}/run/qemu/{name}.pid"
