@@ -34,6 +34,8 @@ from vnet_lock.settings import Settings
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
 
+    Connect = Callable[[str | None], Libvirt]
+
 T = TypeVar("T")
 
 # Who is quicker takes what was planned: then it is planned again.
@@ -49,10 +51,10 @@ def resolve(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def define(settings: Settings, args: Namespace) -> int:
+def define(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Define the guest as ``resolve`` writes it; a definition claims nothing."""
     xml = read_file(args.guest)
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
         with _naming(found.forms):
             domain = libvirt.define(found.xml.decode())
@@ -61,9 +63,9 @@ def define(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def start(settings: Settings, args: Namespace) -> int:
+def start(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Start a guest, defined or of a file, with what is free now; its definition stays as it is."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         is_file = args.guest == "-" or args.guest.endswith(".xml") or "/" in args.guest
         domain = None if is_file else libvirt.find(args.guest)
         if domain is not None:
@@ -84,9 +86,9 @@ def start(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def attach(settings: Settings, args: Namespace) -> int:
+def attach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Plug an interface into a running guest: one of a file, or one that is chosen."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         if not domain.is_active:
             raise VnetLockError(
@@ -110,9 +112,9 @@ def attach(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def detach(settings: Settings, args: Namespace) -> int:
+def detach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Unplug an interface, by its alias or MAC; what it had is given back once the guest has let go of it."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         session = Session(settings)
         owner = _owner_of(settings, domain.name, domain.uuid)
