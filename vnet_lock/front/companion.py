@@ -104,7 +104,7 @@ class _Companion:
             if not self._serve():
                 return
         except VnetLockError as error:
-            failure = " ".join(str(error).split())
+            failure = " ".join(str(error).split()).removeprefix(f"{self._owner.text}: ")
         except Exception as error:
             failure = f"unexpected {type(error).__name__}: {error}; please report it"
         if failure:
