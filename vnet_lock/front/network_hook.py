@@ -80,7 +80,10 @@ def perform(
     session = open_session(settings)
     tokens = find_tokens(settings, session.table, owner, port.request)
     if operation == "port-deleted":
-        session.release_tokens(owner, tokens)
+        # libvirt 11.3 also ends the port of a guest that keeps its macvtap, when its link is set down or up
+        # (virsh domif-setlink): that one gives its claim back at its end.
+        if not _has(settings, owner, port.request):
+            session.release_tokens(owner, tokens)
     elif tokens:
         return  # told again
     elif _has(settings, owner, port.request):
@@ -95,17 +98,19 @@ def perform(
 
 
 def _has(settings: Settings, owner: Owner, request: Fixed) -> bool:
-    """Whether the guest's QEMU has the device."""
-    from vnet_lock.front.libvirt_guest import device_names
+    """Whether the guest's QEMU has the device: a VF itself, or the macvtap with the port's MAC on it."""
     from vnet_lock.kernel.kinship import Kinship
     from vnet_lock.kernel.observe import read_inventory
+    from vnet_lock.model import Form
 
     pid = Kinship(settings).guest_pid(owner)
     if pid is None:
         return False
-    inventory = read_inventory(settings, [str(request.device)])
-    names = device_names(inventory, request)
-    users = (user for resource, each in inventory.users.items() if resource.name in names for user in each)
+    device = str(request.device)
+    inventory = read_inventory(settings, [device])
+    if request.form is not Form.HOSTDEV:
+        return any(nic.mac == request.mac and device in nic.lowers for nic in inventory.nics)
+    users = (user for resource, each in inventory.users.items() if resource.name == device for user in each)
     return any(user.pid == pid or (user.mark is not None and user.mark == owner.uuid) for user in users)
 
 
