@@ -149,6 +149,17 @@ class Companion:
     failure: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class LibvirtMacvtap:
+    """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
+
+    ``device`` is as of a Link, ``mac`` the guest's.
+    """
+
+    device: str
+    mac: str
+
+
 Entry = (
     VfAdmin
     | Link
@@ -163,6 +174,7 @@ Entry = (
     | EswitchMode
     | SocketFile
     | Companion
+    | LibvirtMacvtap
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -178,6 +190,7 @@ _KINDS: dict[str, type[Entry]] = {
     "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
     "companion": Companion,
+    "libvirt-macvtap": LibvirtMacvtap,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 

@@ -18,7 +18,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, EswitchMode, SocketFile, share_key
+from vnet_lock.journal import Entry, EswitchMode, LibvirtMacvtap, SocketFile, share_key
 from vnet_lock.kernel import processes, programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -197,7 +197,9 @@ class Session:
                 # Shares are counted: each interface gives its own back.
                 own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
                 missing = _missing(assignment.wanted, own)
-                added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                made = self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                journal = _left_by_libvirt(assignment)
+                added += [replace(claim, journal=journal) for claim in made[:1]] + made[1:]
             writer.add(added)
             return added
 
@@ -496,11 +498,11 @@ class Session:
         if isinstance(request, Fixed):
             device = assignment.device
             if assignment.wanted[0].mode is not Mode.EXCLUSIVE or device.pci is None:
-                return None, ()
+                return None, _left_by_libvirt(assignment)
             from vnet_lock.kernel.before import read_before
 
             self._keep_eswitch(assignment, token, inventory)
-            return None, read_before(self.settings, device.pci)
+            return None, (*read_before(self.settings, device.pci), *_left_by_libvirt(assignment))
         port = ports.find(assignment.combination.port) if assignment.combination else None
         if port is None:
             raise Unsupported(f"{request.interface}: no port of this version opens {assignment.combination}")
@@ -594,6 +596,14 @@ def _backends_for(requests: Iterable[Request]) -> set[Backend]:
         for backend in backends_of(one.policy, port)
         if backend in (one.backends or DEFAULT_BACKENDS)
     }
+
+
+def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
+    """What libvirt makes for a request by itself, and may be killed before it takes it away again."""
+    request = assignment.request
+    if not isinstance(request, Fixed) or request.form is Form.HOSTDEV or not request.mac:
+        return ()
+    return (LibvirtMacvtap(str(request.device), request.mac),)
 
 
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:

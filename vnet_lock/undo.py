@@ -14,6 +14,7 @@ from vnet_lock.journal import (
     Driver,
     Entry,
     EswitchMode,
+    LibvirtMacvtap,
     Link,
     MadeLink,
     NatTable,
@@ -25,7 +26,7 @@ from vnet_lock.journal import (
     VfAdmin,
     share_key,
 )
-from vnet_lock.kernel import before, pci, rtnetlink
+from vnet_lock.kernel import before, pci, processes, rtnetlink, sysfs
 from vnet_lock.model import Claim, PciAddress, Process
 from vnet_lock.settings import Settings
 
@@ -88,6 +89,8 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
 
             process = Process(entry.pid, entry.start_ticks)
             background.end(settings, process, "the process that was to plug a device into a guest")
+        case LibvirtMacvtap():
+            _remove_libvirts(settings, entry)
         case VfAdmin():
             _restore_vf_admin(settings, entry)
         case Driver():
@@ -96,6 +99,27 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
             _restore_link(settings, entry)
         case _ as never:
             assert_never(never)
+
+
+def _remove_libvirts(settings: Settings, saved: LibvirtMacvtap) -> None:
+    """Remove the macvtap that libvirt left, known by its place, its MAC and the name that libvirt gives.
+
+    What a process has open is somebody's.
+    """
+    netdev = saved.device
+    if ":" in saved.device:
+        netdev = before.read_netdev(settings, PciAddress.parse(saved.device)) or ""
+    lower = sysfs.read_nic(settings, netdev) if netdev else None
+    for name in lower.uppers if lower else ():
+        upper = sysfs.read_nic(settings, name)
+        if upper is None or upper.mac != saved.mac or not name.startswith("macvtap"):
+            continue
+        rdev = sysfs.read_macvtap_rdev(settings, name)
+        if rdev is None or processes.read_holders(settings, [rdev]):
+            continue
+        from vnet_lock.kernel import netlink
+
+        netlink.remove_link(name, "")
 
 
 def _restore_sysctls(settings: Settings, saved: Sysctls) -> None:
