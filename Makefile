@@ -10,14 +10,19 @@ VM := $(PYTHON) -m tests.lab.vm
 LAB_DEADLINE_S := 7200
 DEMO_DEADLINE_S := 2400
 ARGS :=
+# So wide that a failed test's reason stands beside its name at the end.
+export COLUMNS := 250
 
-.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-life lab-shell demo bench bench-datapath lint clean
+.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-life test-lab-older lab-shell demo bench bench-datapath
+.PHONY: bench-start lint clean
 
 help:
 	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
 	@echo 'make test        all tests; test-unit, test-kernel, test-lab: one ring'
 	@echo 'make lab-shell   a shell in that VM'
 	@echo 'make bench       speed and memory'
+	@echo 'make test-lab-older  the life of libvirt guests, with the libvirt of Debian 12 itself'
+	@echo 'make bench-start     virsh start with the hook beside without'
 	@echo 'make bench-datapath  throughput and latency of every combination, into docs/'
 	@echo 'make lint        ruff, mypy, import-linter'
 	@echo 'make setup       only the set-up that each of them does first'
@@ -35,14 +40,16 @@ test-unit: setup
 # Root makes the namespaces; nothing that it writes stays in a checkout that isn't root's, so the image of the
 # guests is built before.
 test-kernel: setup
-	@$(PYTHON) -c 'from tests.lab import image; image.build()'
-	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" PYTHONDONTWRITEBYTECODE=1 \
+	@$(PYTHON) -c 'from tests.lab import image, older; image.build(); older.is_offered() and older.unpack()'
+	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" COLUMNS="$$COLUMNS" PYTHONDONTWRITEBYTECODE=1 \
 		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
 
 # Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; with ARGS one has it all.
-IN_LAB := $(VM) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" -- sh -c \
+IN_LAB = $(VM) $(LIBVIRT) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
+	--env COLUMNS="$$COLUMNS" -- sh -c \
 	'exec python -m pytest -p no:cacheprovider -v --durations=10 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
 LAB_DATAPATH := $(addprefix tests/lab/test_,$(addsuffix .py,combinations combinations_vf policy routed socket vhost_queues vhost_user vlan))
+LAB_LIBVIRT := $(addprefix tests/lab/test_,$(addsuffix .py,daemon life))
 LAB_LIFE := $(filter-out $(LAB_DATAPATH),$(wildcard tests/lab/test_*.py))
 
 test-lab: setup
@@ -51,6 +58,11 @@ ifeq ($(ARGS),)
 else
 	$(IN_LAB) tests/lab $(ARGS)
 endif
+
+# With the libvirt that Debian 12 itself has, 9.0, in the place of its backports' one.
+test-lab-older: LIBVIRT := --older
+test-lab-older: setup
+	$(IN_LAB) $(LAB_LIBVIRT) $(ARGS)
 
 test-lab-datapath: setup
 	$(IN_LAB) $(LAB_DATAPATH) $(ARGS)
@@ -66,6 +78,10 @@ demo: setup
 
 bench: setup
 	@$(PYTHON) -m tests.bench.run $(ARGS)
+
+# A guest's start with the hook beside one without it; 1 where the hook takes more than it may.
+bench-start: setup
+	$(VM) --deadline $(DEMO_DEADLINE_S) -- python -u -m tests.lab.bench_start
 
 # Beside each other: what this machine can do in namespaces, and what takes the lab VM; docs/datapath.md shows it.
 bench-datapath: setup

@@ -9,10 +9,11 @@ from enum import StrEnum
 
 from vnet_lock.config import Config, read_config
 from vnet_lock.errors import VnetLockError
-from vnet_lock.journal import SharedLink
+from vnet_lock.journal import Companion, SharedLink
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.marks import PREFIX, read_mark
+from vnet_lock.kernel.processes import is_alive
 from vnet_lock.model import (
     Claim,
     Claims,
@@ -20,6 +21,7 @@ from vnet_lock.model import (
     Mode,
     Owner,
     OwnerKind,
+    Process,
     Resource,
     ResourceKind,
     State,
@@ -146,6 +148,7 @@ class _Auditor:
         for resource in dict.fromkeys([*self.known, *self.claims]):
             states[resource] = self._judge(resource, resource in disputed)
         self._find_stale()
+        self._find_unplugged()
         self._find_vanished()
         self._find_damaged()
         self._find_orphans()
@@ -278,6 +281,27 @@ class _Auditor:
                     "the next claim heals it, or: vnet-lock gc"
                 )
                 self._warn("stale", resource, message)
+
+    def _find_unplugged(self) -> None:
+        """Guests that run without a device which was to be plugged in."""
+        for resource, claims in self.claims.items():
+            for claim in claims:
+                entry = next((one for one in claim.journal if isinstance(one, Companion)), None)
+                pid = self.kinship.guest_pid(claim.owner)
+                if entry is None or pid is None or not self.lives(claim):
+                    continue
+                process = Process(entry.pid, entry.start_ticks)
+                if not entry.failure and is_alive(self.settings, process):
+                    continue
+                if any(user.pid == pid for user in self.inventory.users_of(resource)):
+                    continue
+                why = entry.failure or f"the process that was to plug it in (pid {entry.pid}) is gone"
+                message = (
+                    f"{claim.owner.text} (pid {pid}) has not got {name_of(resource)} for its interface "
+                    f"{claim.interface}: {why}; stop and start the guest, "
+                    f"or give the device back: vnet-lock release {resource} --force"
+                )
+                self._error("unplugged", resource, message)
 
     def _find_vanished(self) -> None:
         for resource, claims in self.claims.items():

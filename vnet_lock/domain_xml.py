@@ -7,7 +7,7 @@ guest's metadata asks for (``urn:vnet-lock:guest:1``, schema in xml/vnet-guest.r
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
@@ -23,12 +23,23 @@ SIZE_LIMIT_BYTES = 8 * 1024 * 1024
 _FAMILY = "{urn:vnet-lock:guest"
 _GUEST = f"{{{NAMESPACE}}}guest"
 _INTERFACE = f"{{{NAMESPACE}}}interface"
-_KNOWN = ("alias", "policy", "dev", "port", "backends", "vlan", "queues", "ip", "dhcp", "pool")
+_KNOWN = (
+    "alias", "policy", "dev", "port", "backends", "teaming", "mac", "vlan", "queues", "ip", "dhcp", "pool",
+)  # fmt: skip
 
 # libvirt keeps a user's alias only where it is like this (virDomainDeviceAliasIsUserAlias).
 _ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
 # libvirt opens a tap or macvtap that is there when it starts the guest, and nothing else.
-_LATE_BACKENDS = (Backend.TAP_VHOST, Backend.TAP)
+LATE_BACKENDS = (Backend.TAP_VHOST, Backend.TAP)
+# The types of an <interface> that take what was made for them, and how.
+_LATE_BACKENDS = {"ethernet": LATE_BACKENDS, "vhostuser": (Backend.SOCKET_VHOST,)}
+# What libvirt's own types of an interface that was resolved can be of a policy.
+_RESOLVED_TYPES = {
+    "bridge": (Policy.VEB, Policy.NAT),
+    "direct": (Policy.VEB, Policy.VEPA, Policy.PRIVATE),
+    "hostdev": (Policy.VEB, Policy.VEPA, Policy.PRIVATE),
+    "user": (Policy.NAT,),
+}
 # libvirt takes names with these prefixes for its own and drops them from a definition.
 _RESERVED_NAMES = ("vnet", "macvtap", "macvlan")
 # MAX_TAP_QUEUES, include/linux/if_tap.h and drivers/net/tun.c.
@@ -40,6 +51,8 @@ _DIRECT_FORMS = {
     "private": Form.PRIVATE,
     "passthrough": Form.PASSTHRU,
 }
+# passthrough is any policy: the PF's embedded switch decides.
+_DIRECT_POLICIES = {"vepa": Policy.VEPA, "bridge": Policy.VEB, "private": Policy.PRIVATE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +64,24 @@ class Guest:
     requests: tuple[Request, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the metadata asks for one interface, in whichever form the interface stands there.
+
+    ``kind`` is the form: libvirt's type of the <interface>, ``pci`` for a <hostdev>, "" where there is none.
+    The backends of ``intent`` are as written, empty where nothing is; its MAC is the interface's, that of the
+    standby where it is teamed with one, or its own.
+    """
+
+    intent: Intent
+    kind: str
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether libvirt itself opens what stands there."""
+        return self.kind not in ("", *_LATE_BACKENDS)
+
+
 def read_guest(xml: bytes) -> Guest:
     """Read a domain's XML, as a user writes it or as libvirt gives it to a hook.
 
@@ -58,20 +89,67 @@ def read_guest(xml: bytes) -> Guest:
     where the document or an intent cannot be understood, Unsupported where a libvirt guest cannot get
     what an intent asks for.
     """
-    root = _parse(xml)
-    keys = _Keys()
-    fixed = _read_fixed(root, keys)
-    intents = _read_intents(root)
-    return Guest(_read_name(root), _read_uuid(root), (*fixed, *intents))
+    root = parse(xml)
+    targets = _targets(root)
+    wishes = _read_wishes(root, targets)
+    for wish in wishes:
+        _check_wish(wish, targets.get(wish.intent.interface))
+    _check_memory(root, wishes)
+    fixed = _read_fixed(root, _Keys(), wishes)
+    return Guest(_read_name(root), _read_uuid(root), (*fixed, *_late_intents(wishes)))
+
+
+def read_wishes(xml: bytes) -> tuple[Guest, tuple[Wish, ...]]:
+    """The guest without what its metadata asks for, and that, for who writes the interfaces anew.
+
+    These may be missing, or of any form. BadInput where the document or an intent cannot be understood.
+    """
+    root = parse(xml)
+    wishes = _read_wishes(root, _targets(root))
+    asked = {wish.intent.interface for wish in wishes}
+    fixed = tuple(one for one in _read_fixed(root, _Keys(), wishes) if one.interface not in asked)
+    return Guest(_read_name(root), _read_uuid(root), fixed), wishes
+
+
+@dataclass(frozen=True, slots=True)
+class Plugged:
+    """A network interface or host device of a guest: libvirt's alias, the MAC, and its key among claims."""
+
+    alias: str
+    mac: str
+    key: str
+
+
+def read_plugged(xml: bytes) -> tuple[Plugged, ...]:
+    """What a guest has; of a running guest each has an alias."""
+    root, keys = parse(xml), _Keys()
+    found = (item for name in ("interface", "hostdev") for item in root.iterfind(f"devices/{name}"))
+    return tuple(
+        Plugged(
+            _attribute(item, "alias", "name"), _attribute(item, "mac", "address").lower(), keys.name(item)
+        )
+        for item in found
+    )
+
+
+def read_fixed(root: Element) -> Guest:
+    """What libvirt itself opens for the guest of a <domain>, whatever its metadata asks for."""
+    return Guest(_read_name(root), _read_uuid(root), tuple(_read_fixed(root, _Keys(), ())))
+
+
+def read_user_aliases(root: Element) -> frozenset[str]:
+    """The aliases that the user gave to interfaces of a <domain>."""
+    return frozenset(filter(None, map(_user_alias, root.iterfind("devices/interface"))))
 
 
 def read_identity(xml: bytes) -> tuple[str, str]:
     """The name and uuid alone, so that a guest with a bad intent can still be released."""
-    root = _parse(xml)
+    root = parse(xml)
     return _read_name(root), _read_uuid(root)
 
 
-def _parse(xml: bytes) -> Element:
+def parse(xml: bytes, tag: str = "domain") -> Element:
+    """A document of libvirt's with this root; BadInput where it is something else, or can't be trusted."""
     # 4 ms, where lxml takes 30. Entities need a DOCTYPE, which is refused before it is read, and expat opens
     # nothing by itself.
     from xml.etree.ElementTree import ParseError, XMLParser
@@ -88,8 +166,8 @@ def _parse(xml: bytes) -> Element:
         raise BadInput(f"guest XML: {error}") from error
     except (LookupError, ValueError) as error:  # an encoding that Python doesn't know, or expat can't take
         raise BadInput(f"guest XML: its encoding cannot be read: {error}") from error
-    if root.tag != "domain":
-        raise BadInput(f"guest XML: the root is <{root.tag}>, not libvirt's <domain>")
+    if root.tag != tag:
+        raise BadInput(f"guest XML: the root is <{root.tag}>, not libvirt's <{tag}>")
     return root
 
 
@@ -147,17 +225,20 @@ class _Keys:
         return f"{key}#{number + 1}" if number else key
 
 
-def _read_fixed(root: Element, keys: _Keys) -> list[Fixed]:
+def _read_fixed(root: Element, keys: _Keys, wishes: tuple[Wish, ...]) -> list[Fixed]:
+    policies = {wish.intent.interface: wish.intent.policy for wish in wishes}
     fixed: list[Fixed] = []
     for element in root.iterfind("devices/interface"):
         kind = element.get("type")
         if kind == "hostdev":
             key = keys.name(element)
             mac = _read_mac(element, f"interface {key}")
-            vlan = _read_vlan(element)
-            fixed.append(Fixed(key, _read_host_address(element, key), Form.HOSTDEV, mac, vlan=vlan))
+            vlan, policy = _read_vlan(element), policies.get(key)
+            address = _read_host_address(element, key)
+            fixed.append(Fixed(key, address, Form.HOSTDEV, mac, vlan=vlan, policy=policy))
         elif kind == "direct":
-            fixed.append(_read_direct(element, keys.name(element)))
+            key = keys.name(element)
+            fixed.append(replace(_read_direct(element, key), policy=policies.get(key)))
     for element in root.iterfind("devices/hostdev"):
         if element.get("type") == "pci" and element.get("mode", "subsystem") == "subsystem":
             key = keys.name(element)
@@ -169,7 +250,7 @@ def _read_direct(element: Element, key: str) -> Fixed:
     dev = _attribute(element, "source", "dev")
     if not is_ifname(dev):
         raise BadInput(f"interface {key}: <source dev={dev!r}> names no network device")
-    mode = _attribute(element, "source", "mode") or "vepa"
+    mode = _mode_of(element)
     if mode not in _DIRECT_FORMS:
         raise BadInput(f"interface {key}: mode {mode!r} is none of {', '.join(_DIRECT_FORMS)}")
     form, mac = _DIRECT_FORMS[mode], _read_mac(element, f"interface {key}")
@@ -188,6 +269,11 @@ def _read_host_address(element: Element, key: str) -> PciAddress:
     address = element.find("source/address")
     if address is None:
         raise BadInput(f"{key}: its <source> has no PCI <address>")
+    return read_address(address, key)
+
+
+def read_address(address: Element, key: str) -> PciAddress:
+    """The function that an <address> names; BadInput, with whose it is, where it names none."""
     try:
         parts = [_number(address.get(name, default)) for name, default in _ADDRESS]
         if any(part > limit for part, limit in zip(parts, (0xFFFFFFFF, 0xFF, 0x1F, 7), strict=True)):
@@ -212,7 +298,13 @@ def _number(text: str) -> int:
 # --- what the guest's metadata asks for ---------------------------------------------------------
 
 
-def _read_intents(root: Element) -> list[Intent]:
+def _targets(root: Element) -> dict[str, Element]:
+    """What the guest has under an alias of the user's."""
+    devices = (item for name in ("interface", "hostdev") for item in root.iterfind(f"devices/{name}"))
+    return {_user_alias(item): item for item in devices if _user_alias(item)}
+
+
+def _read_wishes(root: Element, targets: dict[str, Element]) -> tuple[Wish, ...]:
     guests = [element for element in root.iterfind("metadata/*") if str(element.tag).startswith(_FAMILY)]
     for guest in guests:
         if guest.tag != _GUEST:
@@ -222,24 +314,19 @@ def _read_intents(root: Element) -> list[Intent]:
     if len(guests) > 1:
         raise BadInput(f"metadata: <guest> of {NAMESPACE} stands there {len(guests)} times")
     if not guests:
-        return []
+        return ()
     if guests[0].attrib:
         raise BadInput(f"metadata: <guest> has an unknown attribute {next(iter(guests[0].attrib))!s}")
-    interfaces = {_user_alias(item): item for item in root.iterfind("devices/interface") if _user_alias(item)}
-    intents: dict[str, Intent] = {}
+    wishes: dict[str, Wish] = {}
     for element in guests[0]:
-        intent = _read_intent(element, interfaces)
-        if intent.interface in intents:
-            raise BadInput(f"interface {intent.interface}: its intent stands there twice")
-        if any(intent.ifname == other.ifname for other in intents.values()):
-            raise BadInput(
-                f"interface {intent.interface}: <target dev='{intent.ifname}'> is another's already"
-            )
-        intents[intent.interface] = intent
-    return list(intents.values())
+        wish = _read_wish(element, targets)
+        if wish.intent.interface in wishes:
+            raise BadInput(f"interface {wish.intent.interface}: its intent stands there twice")
+        wishes[wish.intent.interface] = wish
+    return tuple(wishes.values())
 
 
-def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
+def _read_wish(element: Element, targets: dict[str, Element]) -> Wish:
     if element.tag != _INTERFACE:
         raise BadInput(f"metadata: <{_plain(element)}> is unknown; <guest> has <interface> only")
     alias = element.get("alias", "")
@@ -251,26 +338,127 @@ def _read_intent(element: Element, interfaces: dict[str, Element]) -> Intent:
     if len(element):
         raise BadInput(f"{what}: <{_plain(element[0])}> is unknown; an intent has attributes only")
     policy, ports, backends = _read_combinations(element, what)
-    target = interfaces.get(alias)
-    if target is None:
-        raise BadInput(f'{what}: no <interface> of the guest has <alias name="{alias}"/>')
-    _check_target(target, what)
-    queues = element.get("queues") or _attribute(target, "driver", "queues") or "1"
+    target = targets.get(alias)
+    queues = element.get("queues") or _attribute_of(target, "driver", "queues") or "1"
     vlan = element.get("vlan")
-    return Intent(
+    intent = Intent(
         interface=alias,
         policy=policy,
         devs=_read_devs(element, what),
         ports=ports,
         backends=backends,
-        mac=_read_mac(target, what),
+        mac=_read_own_mac(element, target, targets, what),
         vlan=None if vlan is None else _within(vlan, 1, 4094, f"{what}: vlan"),
         queues=_within(queues, 1, _QUEUES_LIMIT, f"{what}: queues"),
-        ifname=_attribute(target, "target", "dev"),
+        ifname=_attribute_of(target, "target", "dev") or None,
         addresses=_read_addresses(element, policy, what),
         dhcp=_read_dhcp(element, policy, what),
         pool=element.get("pool"),
+        socket=_attribute_of(target, "source", "path") or None,
+        teaming=element.get("teaming", ""),
     )
+    if intent.teaming and intent.backends != (Backend.VFIO,):
+        raise BadInput(f'{what}: teaming= is for a VF that the guest has itself: add backends="vfio"')
+    return Wish(
+        intent, "" if target is None else "pci" if target.tag == "hostdev" else target.get("type", "")
+    )
+
+
+def _check_wish(wish: Wish, target: Element | None) -> None:
+    """See that the form in which the interface stands there goes with what is asked for."""
+    policy, what = wish.intent.policy, f"interface {wish.intent.interface}"
+    kind = "hostdev" if wish.kind == "pci" else wish.kind
+    if target is None:
+        if wish.intent.backends != (Backend.VFIO,):
+            raise BadInput(f'{what}: no <interface> of the guest has <alias name="{wish.intent.interface}"/>')
+    elif wish.kind == "ethernet" and Backend.VFIO not in wish.intent.backends:
+        _check_target(target, what)
+    elif wish.kind == "vhostuser":
+        _check_vhost_user(target, what)
+    elif wish.is_resolved and policy not in _RESOLVED_TYPES.get(kind, ()):
+        raise BadInput(
+            f"{what}: it is of type {wish.kind!r}, which is no {policy}; write <interface type='ethernet'>"
+            " with <target dev='NAME' managed='no'/>, or have it written: vnet-lock resolve"
+        )
+    elif wish.kind == "direct" and _DIRECT_POLICIES.get(_mode_of(target), policy) is not policy:
+        raise BadInput(
+            f"{what}: its mode {_mode_of(target)!r} is no {policy}; have it written: vnet-lock resolve"
+        )
+
+
+def _late_intents(wishes: tuple[Wish, ...]) -> list[Intent]:
+    """What is made, or plugged in, when the guest starts: all that isn't resolved."""
+    intents = [_late(wish) for wish in wishes if not wish.is_resolved]
+    seen: set[str] = set()
+    for intent in intents:
+        if intent.ifname in seen:
+            raise BadInput(
+                f"interface {intent.interface}: <target dev='{intent.ifname}'> is another's already"
+            )
+        seen |= {intent.ifname} if intent.ifname else set()
+    return intents
+
+
+def _late(wish: Wish) -> Intent:
+    intent, what = wish.intent, f"interface {wish.intent.interface}"
+    if Backend.VFIO in intent.backends:
+        return _hotplug(wish, what)
+    known = _LATE_BACKENDS[wish.kind]
+    backends = intent.backends or known
+    if wrong := [backend for backend in backends if backend not in known]:
+        raise Unsupported(
+            f'{what}: libvirt takes no backend {wrong[0]} late; use backends="{" ".join(known)}"'
+        )
+    policy, ports = intent.policy, intent.ports
+    if not any(set(backends) & set(backends_of(policy, port)) for port in ports or ports_of(policy)):
+        raise Unsupported(
+            f"{what}: no combination of policy {policy}, port {' or '.join(ports) or 'any'} and backend"
+            f" {' or '.join(backends)} exists; name another port"
+        )
+    return replace(intent, backends=backends)
+
+
+def _hotplug(wish: Wish, what: str) -> Intent:
+    """A VF that libvirt is to plug in once the guest runs: an interface that the definition doesn't have."""
+    intent = wish.intent
+    if intent.backends != (Backend.VFIO,):
+        raise Unsupported(
+            f"{what}: a VF that is plugged in is another interface than a tap: vfio can't be one of several"
+            " backends; write an intent for each, with teaming= where one stands by for the other, or have"
+            " the best of them written: vnet-lock start"
+        )
+    if wish.kind:
+        raise BadInput(
+            f"{what}: it is plugged in later, so no <interface> of the definition has its alias; where one is"
+            f' to stand by for it, give that an alias of its own, <teaming type="persistent"/>, and write'
+            f' teaming="ALIAS" here; or have the VF written: vnet-lock start'
+        )
+    if intent.ports and intent.ports != (Port.SRIOV,):
+        raise Unsupported(f'{what}: only VFs are plugged in; leave port= out, or write port="sriov"')
+    for name, is_there in (("queues", intent.queues > 1), ("ip", intent.addresses), ("dhcp", intent.dhcp)):
+        if is_there:
+            raise BadInput(f"{what}: a VF that is plugged in takes no {name}=")
+    return replace(intent, ports=(Port.SRIOV,), hotplug=True)
+
+
+def _read_own_mac(
+    element: Element, target: Element | None, targets: dict[str, Element], what: str
+) -> str | None:
+    """The MAC address, of which a VF and what stands by for it have one: the failover driver goes by that."""
+    mac = _check_mac(element.get("mac", ""), what)
+    teaming = element.get("teaming", "")
+    if teaming:
+        standby = targets.get(teaming)
+        if standby is None or _attribute(standby, "teaming", "type") != "persistent":
+            raise BadInput(
+                f'{what}: no <interface> with <alias name="{teaming}"/> has <teaming type="persistent"/>'
+            )
+        own, mac = mac, _read_mac(standby, f"interface {teaming}")
+        if own and own != mac:
+            raise BadInput(f"{what}: teamed with {teaming} it has the same MAC address; leave mac= out")
+    elif target is not None:
+        mac = _read_mac(target, what) or mac
+    return mac
 
 
 def _read_devs(element: Element, what: str) -> tuple[str, ...]:
@@ -306,7 +494,7 @@ def _read_dhcp(element: Element, policy: Policy, what: str) -> bool:
 
 
 def _read_combinations(element: Element, what: str) -> tuple[Policy, tuple[Port, ...], tuple[Backend, ...]]:
-    """The policy, ports and backends, of which some combination must exist that libvirt can take late."""
+    """The policy, ports and backends as written."""
     try:
         policy = Policy.parse(element.get("policy", ""))
     except ValueError as error:
@@ -325,32 +513,30 @@ def _read_combinations(element: Element, what: str) -> tuple[Policy, tuple[Port,
             raise BadInput(
                 f"{what}: policy {policy} has no port {port}; it has {', '.join(ports_of(policy))}"
             )
-    for backend in backends:
-        if backend is Backend.VFIO:
-            raise Unsupported(
-                f"{what}: libvirt takes no vfio device late; write an <interface type='hostdev'> with the"
-                ' VF\'s address (it is claimed without any intent), or use backends="tap+vhost tap"'
-            )
-        if backend not in _LATE_BACKENDS:
-            raise Unsupported(
-                f'{what}: libvirt takes no backend {backend} late; use backends="tap+vhost tap"'
-            )
-    backends = backends or _LATE_BACKENDS
-    if not any(set(backends) & set(backends_of(policy, port)) for port in ports or ports_of(policy)):
-        raise Unsupported(
-            f"{what}: no combination of policy {policy}, port {' or '.join(ports) or 'any'} and backend"
-            f" {' or '.join(backends)} exists; name another port"
-        )
     return policy, ports, backends
+
+
+def _check_vhost_user(target: Element, what: str) -> None:
+    """Only where QEMU connects can we be the other end."""
+    source = target.find("source")
+    if source is None or (source.get("type"), source.get("mode")) != ("unix", "client"):
+        raise BadInput(f"{what}: of type vhostuser it needs <source type='unix' path='…' mode='client'/>")
+
+
+def _check_memory(root: Element, wishes: tuple[Wish, ...]) -> None:
+    """What serves a vhostuser interface reads and writes the guest's memory, so that has to be shared."""
+    usual = _attribute(root, "memoryBacking/access", "mode")
+    cells = [cell.get("memAccess", usual) for cell in root.iterfind("cpu/numa/cell")] or [usual]
+    one = next((wish for wish in wishes if wish.kind == "vhostuser"), None)
+    if one and any(mode != "shared" for mode in cells):
+        raise BadInput(
+            f"interface {one.intent.interface}: of type vhostuser it needs the guest's memory shared: add"
+            " <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+        )
 
 
 def _check_target(target: Element, what: str) -> None:
     """Only an ethernet interface with managed='no' takes a device that was made for it."""
-    if target.get("type") != "ethernet":
-        raise BadInput(
-            f"{what}: it is of type {target.get('type')!r}; an intent needs <interface type='ethernet'>"
-            " with <target dev='NAME' managed='no'/>"
-        )
     name = _attribute(target, "target", "dev")
     if not name or _attribute(target, "target", "managed") != "no":
         raise BadInput(
@@ -363,7 +549,11 @@ def _check_target(target: Element, what: str) -> None:
 
 
 def _read_mac(target: Element, what: str) -> str | None:
-    mac = _attribute(target, "mac", "address").lower()
+    return _check_mac(_attribute(target, "mac", "address"), what)
+
+
+def _check_mac(text: str, what: str) -> str | None:
+    mac = text.lower()
     if mac and not re.fullmatch("[0-9a-f]{2}(:[0-9a-f]{2}){5}", mac):
         raise BadInput(f"{what}: {mac!r} is no MAC address")
     return mac or None
@@ -381,6 +571,15 @@ def _user_alias(element: Element) -> str:
 def _attribute(element: Element, child: str, name: str) -> str:
     found = element.find(child)
     return "" if found is None else found.get(name, "")
+
+
+def _attribute_of(element: Element | None, child: str, name: str) -> str:
+    return "" if element is None else _attribute(element, child, name)
+
+
+def _mode_of(target: Element) -> str:
+    """The mode of a direct interface, as libvirt reads it."""
+    return _attribute(target, "source", "mode") or "vepa"
 
 
 def _plain(element: Element) -> str:

@@ -137,6 +137,40 @@ class SocketFile:
     path: str
 
 
+@dataclass(frozen=True, slots=True)
+class Companion:
+    """The process that is to finish an interface once the guest runs, by pid and start ticks since boot.
+
+    The entry goes when that is done. ``failure`` is why it could not be, empty as long as nothing failed.
+    """
+
+    pid: int
+    start_ticks: int
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """The process that keeps up what serves a libvirt guest, whose QEMU inherits nothing of ours.
+
+    By pid and start ticks since boot. What serves the guest ends with it.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtMacvtap:
+    """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
+
+    ``device`` is as of a Link, ``mac`` the guest's.
+    """
+
+    device: str
+    mac: str
+
+
 Entry = (
     VfAdmin
     | Link
@@ -150,6 +184,9 @@ Entry = (
     | DhcpServer
     | EswitchMode
     | SocketFile
+    | Companion
+    | Keeper
+    | LibvirtMacvtap
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -164,6 +201,9 @@ _KINDS: dict[str, type[Entry]] = {
     "proxy-neighbour": ProxyNeighbour,
     "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
+    "companion": Companion,
+    "keeper": Keeper,
+    "libvirt-macvtap": LibvirtMacvtap,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 

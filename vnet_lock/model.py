@@ -437,7 +437,8 @@ class Fixed:
     """A device that the guest names and somebody else (libvirt) opens: to be claimed, not touched.
 
     ``is_interface`` tells whether it is known to be a network device: a plain hostdev may be a disk.
-    ``vlan`` is the one that libvirt will set, None where its XML names none.
+    ``vlan`` is the one that libvirt will set, None where its XML names none; ``policy`` the one that the
+    guest's metadata asks for, None where it doesn't.
     """
 
     interface: str
@@ -446,6 +447,7 @@ class Fixed:
     mac: str | None = None
     is_interface: bool = True
     vlan: int | None = None
+    policy: Policy | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -457,9 +459,13 @@ class Intent:
     ``ports`` and ``backends`` are in order of preference, empty means the usual order.
     ``ifname`` is the name that a macvtap or tap is to have.
     ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
-    ``raw`` asks a tap for plain frames, without a vnet header before each.
+    ``raw`` asks a tap for plain frames, without a vnet header before each. ``datagrams`` asks a socket for a
+    datagram a frame, which any program understands, where QEMU is faster with a stream.
     ``pool`` names VFs in the place of ``devs``, which the host's configuration fills in, with the indices of
     the VFs that may be chosen (``vfs``, None for any).
+    ``socket`` is where a libvirt guest's QEMU looks for the socket of socket+vhost.
+    ``hotplug`` leaves it to libvirt to plug the device in, once the guest runs; ``teaming`` is the alias of
+    the interface then that stands by for it, empty for none.
     """
 
     interface: str
@@ -474,8 +480,12 @@ class Intent:
     addresses: tuple[str, ...] = ()
     dhcp: bool = False
     raw: bool = False
+    datagrams: bool = False
     pool: str | None = None
     vfs: frozenset[int] | None = None
+    socket: str | None = None
+    hotplug: bool = False
+    teaming: str = ""
 
     @property
     def place(self) -> str:

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.journal import Link
 from vnet_lock.model import (
     Assignment,
     Claim,
@@ -275,7 +276,8 @@ def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Ass
     if twice:
         message = f"{request.interface}: {name_of(twice)} is named twice in this guest"
         return Refusal(request, RefusalKind.INVALID, message, twice)
-    tenancy = Tenancy(vlan=request.vlan) if request.vlan is not None else None
+    policy = request.policy if wanted[0].resource.kind is ResourceKind.VF else None
+    tenancy = None if request.vlan is None and policy is None else Tenancy(policy, request.vlan)
     obstacle = situation.obstacle(wanted, request.mac, tenancy)
     if obstacle:
         return Refusal(request, RefusalKind.HELD, obstacle.message, obstacle.resource, obstacle.holder)
@@ -287,7 +289,7 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
     policies = {Form.VEPA: Policy.VEPA, Form.PRIVATE: Policy.PRIVATE, Form.BRIDGE: Policy.VEB}
     if device.resource.kind is ResourceKind.VF:
         pf = inventory.pf_at(device.pf) if device.pf else None
-        policy = Policy.VEPA if pf and pf.eswitch == "vepa" else Policy.VEB
+        policy = request.policy or (Policy.VEPA if pf and pf.eswitch == "vepa" else Policy.VEB)
         backend = Backend.VFIO if request.form is Form.HOSTDEV else Backend.TAP
         return Combination(policy, Port.SRIOV, backend)
     if request.form is Form.HOSTDEV:
@@ -301,9 +303,8 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
 
 
 def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> Assignment | Refusal:
-    malformed = _malformed(intent, situation.inventory)
-    if malformed:
-        return Refusal(intent, RefusalKind.INVALID, f"{intent.interface}: {malformed}")
+    if refusal := _out_of_place(intent, situation):
+        return refusal
     rejected: list[Rejection] = []
     obstacles: list[Obstacle] = []
     tried = False
@@ -348,6 +349,15 @@ def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> As
     return _refusal(intent, rejected, obstacles)
 
 
+def _out_of_place(intent: Intent, situation: Situation) -> Refusal | None:
+    """A refusal where what is wanted can't be found here at all."""
+    malformed = _malformed(intent, situation.inventory)
+    taken = _taken(intent, situation) if malformed else None
+    if taken:
+        return Refusal(intent, RefusalKind.HELD, f"{intent.interface}: {taken.message}")
+    return Refusal(intent, RefusalKind.INVALID, f"{intent.interface}: {malformed}") if malformed else None
+
+
 def _malformed(intent: Intent, inventory: Inventory) -> str:
     """What is wrong with where an intent wants to be; empty where nothing is."""
     if not intent.devs and intent.pool is not None:
@@ -361,6 +371,15 @@ def _malformed(intent: Intent, inventory: Inventory) -> str:
         return ""
     names = " or ".join(map(repr, intent.devs)) + (f" of pool {intent.pool}" if intent.pool else "")
     return f"there is no network device {names} here; see: vnet-lock status, ip link"
+
+
+def _taken(intent: Intent, situation: Situation) -> Obstacle | None:
+    """Who has a device that isn't here any more: another guest, to which it went from this host's sight."""
+    for claim in situation.claims.records:
+        names = {entry.name for entry in claim.journal if isinstance(entry, Link)}
+        if not names.isdisjoint(intent.devs):
+            return situation.obstacle((Wanted(claim.resource, Mode.EXCLUSIVE),), None, None)
+    return None
 
 
 def _is_here(dev: str, inventory: Inventory) -> bool:

@@ -6,6 +6,7 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, EswitchMode, SocketFile, share_key
+from vnet_lock.journal import Entry, EswitchMode, Keeper, LibvirtMacvtap, SocketFile, share_key
 from vnet_lock.kernel import processes, programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -36,6 +37,7 @@ from vnet_lock.model import (
     OwnerKind,
     PciAddress,
     Plan,
+    Process,
     Refusal,
     Request,
     Resource,
@@ -105,15 +107,29 @@ class Session:
 
     # --- asking -------------------------------------------------------------------------------
 
-    def plan(self, requests: Iterable[Request], owner: Owner | None = None) -> Plan | Refusal:
-        """What would be done now; changes nothing."""
+    def plan(
+        self, requests: Iterable[Request], owner: Owner | None = None, beside: bool = False
+    ) -> Plan | Refusal:
+        """What would be done now, in the place of what the owner has or ``beside`` it; changes nothing."""
         requests = self._resolve(requests)
         claims = self.table.read()
         stale = frozenset(Liveness(self.settings).stale(claims))
         inventory = self._observe(requests, _needs_vlans(requests, claims))
         situation = self._situation(inventory, owner, requests)
         left = self._left_to_host(inventory)
-        return plan(requests, replace(situation, claims=claims, stale=stale, left_to_host=left))
+        return plan(
+            requests, replace(situation, claims=claims, stale=stale, left_to_host=left, beside=beside)
+        )
+
+    def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
+        """Those VFs that can't be given to anybody now: claimed, or in use."""
+        claims = self.table.read()
+        inventory = read_inventory(self.settings, [pci.text for pci in pcis])
+        stale = frozenset(Liveness(self.settings).stale(claims))
+        situation = replace(
+            self._situation(inventory), claims=claims, stale=stale, left_to_host=self._left_to_host(inventory)
+        )
+        return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
 
     # --- taking -------------------------------------------------------------------------------
 
@@ -175,13 +191,34 @@ class Session:
             raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
         try:
             if combination.backend is Backend.SOCKET_VHOST:
-                grant.opened.path = self.settings.socket_path(grant.token)
-                self._journal_of(grant.token)((SocketFile(grant.opened.path),))
+                grant.opened.path = self._name_socket(grant.token, intent.socket)
             connection = backend.connect(self.settings, intent, grant.opened, combination)
         finally:
             grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         return connection
+
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Connect those of the grants whose QEMU only knows a socket's path, and inherits nothing of ours.
+
+        What serves it ends when the grant is given back.
+        """
+        from vnet_lock.kernel import background
+
+        for grant in grants:
+            if not isinstance(grant.assignment.request, Intent) or not grant.assignment.request.socket:
+                continue
+
+            def journal(process: Process, token: str = grant.token) -> bool:
+                self._journal_of(token)((Keeper(process.pid, process.start_ticks),))
+                return True
+
+            connection = self.connect(grant)
+            try:
+                background.start(self.settings, background.keep, journal, kept=connection.kept)
+            finally:
+                for descriptor in connection.descriptors:
+                    os.close(descriptor)
 
     def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what libvirt itself set up for a guest that is about to run, or runs.
@@ -195,11 +232,16 @@ class Session:
             return []
 
         def write(writer: Writer, claims: Claims, found: Plan) -> list[Claim]:
+            self._take_over(writer, claims, found, owner)
             held = claims.of(owner)
             added: list[Claim] = []
             for assignment in found.assignments:
-                missing = _missing(assignment.wanted, held)
-                added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                # Shares are counted: each interface gives its own back.
+                own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
+                missing = _missing(assignment.wanted, own)
+                made = self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                journal = _left_by_libvirt(assignment)
+                added += [replace(claim, journal=journal) for claim in made[:1]] + made[1:]
             writer.add(added)
             return added
 
@@ -249,8 +291,15 @@ class Session:
         for all of them at the end.
         """
         claims = self.table.read().of(owner)
-        tokens = dict.fromkeys(claim.token for claim in claims if claim.interface not in keep)
-        self._back.give_all(tokens, lambda found: all(claim.owner.is_same_guest(owner) for claim in found))
+        self.release_tokens(owner, (claim.token for claim in claims if claim.interface not in keep))
+
+    def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
+        """As ``release``, of some interfaces of a guest."""
+
+        def still(found: tuple[Claim, ...]) -> bool:
+            return all(claim.owner.is_same_guest(owner) for claim in found)
+
+        self._back.give_all(dict.fromkeys(tokens), still)
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
@@ -510,11 +559,11 @@ class Session:
         if isinstance(request, Fixed):
             device = assignment.device
             if assignment.wanted[0].mode is not Mode.EXCLUSIVE or device.pci is None:
-                return None, ()
+                return None, _left_by_libvirt(assignment)
             from vnet_lock.kernel.before import read_before
 
             self._keep_eswitch(assignment, token, inventory)
-            return None, read_before(self.settings, device.pci)
+            return None, (*read_before(self.settings, device.pci), *_left_by_libvirt(assignment))
         port = ports.find(assignment.combination.port) if assignment.combination else None
         if port is None:
             raise Unsupported(f"{request.interface}: no port of this version opens {assignment.combination}")
@@ -561,6 +610,21 @@ class Session:
 
         return journal
 
+    def _name_socket(self, token: str, wanted: str | None) -> str:
+        """The path at which a guest's QEMU finds its network, in our journal before anything is there."""
+        path = wanted or self.settings.socket_path(token)
+        if not re.fullmatch(re.escape(self.settings.run) + r"/[\w.-]+\.sock", path):
+            raise BadInput(f"{path} is no place for a socket of ours; use {self.settings.run}/NAME.sock")
+        entry = SocketFile(path)
+        with self.table.guarded() as writer:
+            claims = writer.read()
+            for claim in claims.records:
+                if claim.token != token and entry in claim.journal:
+                    raise Refused(f"{path} is the socket of {claim.owner.text}; choose another name")
+            first = _first(claims, token)
+            writer.replace(replace(first, journal=(*first.journal, entry)))
+        return path
+
     def _note_mac(self, token: str, mac: str | None) -> None:
         with self.table.guarded() as writer:
             for claim in writer.read().with_token(token):
@@ -574,6 +638,20 @@ class Session:
             for claim in claims.with_token(token):
                 entries = claim.journal + (journal if claim == first else ())
                 writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
+
+    def _take_over(self, writer: Writer, claims: Claims, found: Plan, owner: Owner) -> None:
+        """Let the owner's claims on what it needs live by this owner, whatever an earlier one left of them.
+
+        A killed `release`, or a daemon that is dead, left them to be healed. Their journals stay: what they
+        say is still what the device was like before.
+        """
+        wanted = {item.resource for assignment in found.assignments for item in assignment.wanted}
+        for token in dict.fromkeys(claim.token for claim in claims.of(owner) if claim.resource in wanted):
+            for claim in claims.with_token(token):
+                if claim.worker and processes.is_alive(self.settings, claim.worker):
+                    raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
+                if claim.owner != owner or claim.state is not State.ACTIVE:
+                    writer.replace(replace(claim, owner=owner, state=State.ACTIVE, worker=None))
 
     def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
         """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""
@@ -604,9 +682,22 @@ def _backends_for(requests: Iterable[Request]) -> set[Backend]:
     }
 
 
+def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
+    """What libvirt makes for a request by itself, and may be killed before it takes it away again."""
+    request = assignment.request
+    if not isinstance(request, Fixed) or request.form is Form.HOSTDEV or not request.mac:
+        return ()
+    return (LibvirtMacvtap(str(request.device), request.mac),)
+
+
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
     wanted = (Tenancy(request.policy) for request in requests if isinstance(request, Intent))
     return needs_vlans(wanted, claims.records)
+
+
+def _is_for(claim: Claim, request: Request) -> bool:
+    """Whether a guest's claim was made for this interface, under whichever name."""
+    return claim.interface == request.interface or (claim.mac is not None and claim.mac == request.mac)
 
 
 def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:

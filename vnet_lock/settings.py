@@ -21,6 +21,8 @@ class Settings:
     etc: str = "/etc/vnet-lock"
     etc_libvirt: str = "/etc/libvirt"
     lib_modules: str = "/lib/modules"
+    # What guests that are run without libvirt's daemon keep.
+    lib: str = "/var/lib/vnet-lock"
 
     # How long a claim that is being released by another process is waited for, at most.
     busy_wait_s: float = 5.0
@@ -28,8 +30,8 @@ class Settings:
     free_wait_s: float = 5.0
     # How long the guard, a PF's lock and the host's are waited for.
     guard_wait_s: float = 5.0
-    pf_wait_s: float = 20.0
-    host_wait_s: float = 20.0
+    pf_wait_s: float = 60.0
+    host_wait_s: float = 60.0
     # What a hook hasn't done by then is given up and undone: libvirt waits for it without any limit, with the
     # guest locked. A prepare takes a tenth of a second; under full emulation and load 30 s were seen.
     hook_s: float = 40.0
@@ -48,6 +50,7 @@ class Settings:
             etc=root + plain.etc,
             etc_libvirt=root + plain.etc_libvirt,
             lib_modules=root + plain.lib_modules,
+            lib=root + plain.lib,
         )
 
     @property

@@ -22,12 +22,12 @@ from tests.lab.contenders import (
     status,
     vnet_lock,
 )
+from tests.lab.daemons import LIBVIRTD, Daemon, newer
 from tests.lab.machines import Guests, virsh
 from tests.lab.nic import Nic, run, wait_until
 
 pytestmark = pytest.mark.usefixtures("hook")
 
-DAEMON = Path("/run/libvirtd.pid")
 # Bound anew a VF is another link; its guest is to find everything else as it was.
 OF_THE_LINK = ("ifindex", "operstate", "flags")
 
@@ -36,16 +36,16 @@ def looks(nic: Nic, index: int) -> dict[str, object]:
     return {key: value for key, value in appearance(nic, index).items() if key not in OF_THE_LINK}
 
 
-def restart_libvirtd(sign: signal.Signals) -> None:
-    pid = int(DAEMON.read_text())
-    os.kill(pid, sign)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "libvirtd is gone")
-    run("libvirtd", "-d", deadline_s=120)
-    wait_until(lambda: virsh("list", check=False).returncode == 0, "libvirtd answers", 180)
+# How the daemon ends, and which one comes after it.
+RESTARTS = {"term": (signal.SIGTERM, LIBVIRTD), "kill": (signal.SIGKILL, LIBVIRTD)}
+if upgraded := newer():
+    RESTARTS["upgrade"] = (signal.SIGTERM, upgraded)
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL], ids=["term", "kill"])
-def test_libvirtd_restarts_and_no_guest_notices(lab: Nic, guests: Guests, sign: signal.Signals) -> None:
+@pytest.mark.parametrize(("sign", "following"), RESTARTS.values(), ids=RESTARTS)
+def test_libvirtd_restarts_and_no_guest_notices(
+    lab: Nic, guests: Guests, sign: signal.Signals, following: Daemon
+) -> None:
     lab.set_numvfs(2)
     lab.set_address(f"{HOST}/24")
     before = [looks(lab, 0), looks(lab, 1)]
@@ -56,7 +56,8 @@ def test_libvirtd_restarts_and_no_guest_notices(lab: Nic, guests: Guests, sign: 
     )  # fmt: skip
     pids = taken.pid, late.pid
     assert [made.console.ready()["ping"] for made in (taken, late)] == ["3/3", "3/3"]
-    restart_libvirtd(sign)
+    LIBVIRTD.end(sign)
+    following.begin()
     assert (taken.pid, late.pid) == pids
     assert (taken.state, late.state) == ("running", "running")
     assert [owner_of(vf) for vf in lab.vfs] == ["taken", "late"]
@@ -72,6 +73,9 @@ def test_libvirtd_restarts_and_no_guest_notices(lab: Nic, guests: Guests, sign: 
     wait_until(lambda: lab.vfs[0].netdev, "libvirt gives the VF back")
     assert [looks(lab, 0), looks(lab, 1)] == before
     assert [vf["state"] for vf in status().values()] == ["free", "free"]
+    if following is not LIBVIRTD:
+        following.end()
+        LIBVIRTD.begin()
 
 
 def test_a_restart_of_the_daemon_claims_what_running_guests_use(lab: Nic, guests: Guests) -> None:
@@ -82,7 +86,8 @@ def test_a_restart_of_the_daemon_claims_what_running_guests_use(lab: Nic, guests
         os.unlink(f"/run/vnet-lock/claims/{name}")
     assert status()[vf.pci]["state"] == "foreign"
     assert not CONTENDERS["vfio"](guests, vf, "", "other").runs
-    restart_libvirtd(signal.SIGTERM)
+    LIBVIRTD.end()
+    LIBVIRTD.begin()
     wait_until(lambda: owner_of(vf) == "earlier", "the running guest has its claim", 120)
     assert made.state == "running"
     made.destroy()

@@ -4,7 +4,7 @@ The VM is this machine's own root file system, read-only below overlays, on the 
 emulated SR-IOV NIC (QEMU's igb). One directory is shared writable: the results. Never changes the machine
 that it runs on outside ``.lab`` of the checkout.
 
-    python -m tests.lab.vm [--deadline SECONDS] [--results DIR] [--env NAME=VALUE]... -- COMMAND...
+    python -m tests.lab.vm [--deadline SECONDS] [--results DIR] [--env NAME=VALUE]... [--older] -- COMMAND...
     python -m tests.lab.vm --shell
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.lab import image
+from tests.lab import image, older
 
 TOP = Path(__file__).resolve().parents[2]
 LAB = TOP / ".lab"
@@ -39,6 +39,8 @@ LOST = 125
 MEMORY_MB = 2750
 # vng mounts a tmpfs over these.
 _HIDDEN = ("/var/tmp", "/var/log", "/run", "/dev/shm")
+# No router there gives out addresses: a host's are its tests'.
+CABLE = "user,ipv6=off"
 # What a boot and the collecting of logs may take beside the command itself.
 BOOT_S = 150
 DEFAULT_DEADLINE_S = 1800
@@ -67,7 +69,9 @@ class Vm:
     environment: dict[str, str] = field(default_factory=dict)
     cpus: int = 2
     # The other end of the NIC's cable, as QEMU's -netdev without its id.
-    cable: str = "user"
+    cable: str = CABLE
+    # What older.unpack() returns, to run that libvirt.
+    older: Path | None = None
     vng: str = f"{sys.prefix}/bin/vng"
 
     def argv(self, *, shell: str | None = None) -> list[str]:
@@ -79,7 +83,7 @@ class Vm:
             f"--qemu-opts=-chardev file,id=log,path={self.results}/console.log -serial chardev:log",
             "--append", "console=ttyS1 earlyprintk=serial,ttyS1,115200 loglevel=5",
         ]  # fmt: skip
-        script = shlex.join([f"{TOP}/tests/lab/inside", str(self.results)])
+        script = shlex.join(self._inside)
         inside = ["--shell", shell] if shell else ["--", script]
         return [
             self.vng,
@@ -99,7 +103,7 @@ class Vm:
             f"--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev {self.cable},id=cable",
             # A NIC without SR-IOV, for a guest that takes a whole one.
             "--qemu-opts=-device pcie-root-port,id=rp1,chassis=2,slot=2",
-            "--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev user,id=plain",
+            f"--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev {CABLE},id=plain",
             # The root once more, for the inside script to mount with a cache: vng's own has none.
             "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
             "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",
@@ -107,6 +111,14 @@ class Vm:
             *console,
             *inside,
         ]  # fmt: skip
+
+    @property
+    def _inside(self) -> list[str]:
+        return [f"{TOP}/tests/lab/inside", str(self.results), str(self._cache)]
+
+    @property
+    def _cache(self) -> Path:
+        return self.older or LAB
 
     def run(self) -> Outcome:
         """Boot, run the command with its output on our stdout, and power off.
@@ -152,7 +164,7 @@ class Vm:
         self.environment |= {"COLUMNS": str(columns), "LINES": str(lines)}
         self._prepare(self.deadline_s)
         wrapper = self.results / "shell"
-        wrapper.write_text(f"#!/bin/sh\nexec {TOP}/tests/lab/inside {self.results}\n")
+        wrapper.write_text(f"#!/bin/sh\nexec {shlex.join(self._inside)}\n")
         wrapper.chmod(0o755)
         argv = self.argv(shell=str(wrapper))
         return subprocess.run(argv, env=_environment(), cwd=TOP, check=False).returncode
@@ -215,7 +227,7 @@ class Vm:
         fresh = self.results / "capabilities"
         if not fresh.is_dir():
             return
-        kept, old = LAB / "capabilities", LAB / f"capabilities.{os.getpid()}"
+        kept, old = self._cache / "capabilities", self._cache / f"capabilities.{os.getpid()}"
         with contextlib.suppress(FileNotFoundError):
             kept.rename(old)
         with contextlib.suppress(OSError):  # another lab's end came first: its cache is as good
@@ -271,7 +283,8 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE_S, metavar="SECONDS")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: a new one below .lab/results")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--cable", default="user", help="QEMU's -netdev at the other end of the NIC")
+    parser.add_argument("--cable", default=CABLE, help="QEMU's -netdev at the other end of the NIC")
+    parser.add_argument("--older", action="store_true", help="with the release's own libvirt, see older.py")
     parser.add_argument("--shell", action="store_true", help="an interactive shell in the VM")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args()
@@ -285,11 +298,12 @@ def main() -> int:
             options.deadline,
             environment,
             cable=options.cable,
+            older=older.unpack(LAB) if options.older else None,
         )
         if options.shell:
             return vm.shell()
         outcome = vm.run()
-    except (LabError, image.BuildError) as error:
+    except (LabError, image.BuildError, older.NoOlder) as error:
         print(f"lab: {error}", file=sys.stderr)
         return 5
     if outcome.complaint:

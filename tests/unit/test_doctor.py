@@ -115,8 +115,7 @@ def test_a_hook_that_cannot_run_is_an_error_with_its_own_words(
     hooks_install.install(host.settings)
     ((health, message),) = found(host, "hooks")
     assert health == "error"
-    assert f"{host.root}/gone" in message
-    assert message.endswith(": vnet-lock hooks install")
+    assert "gone can't be run; do: vnet-lock hooks install" in message
 
 
 def test_a_daemon_older_than_its_hook_is_an_error_until_it_has_looked(host: FakeHost) -> None:

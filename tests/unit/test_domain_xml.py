@@ -11,7 +11,13 @@ import pytest
 from lxml import etree
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
-from vnet_lock.domain_xml import NAMESPACE, SIZE_LIMIT_BYTES, read_guest, read_identity
+from vnet_lock.domain_xml import (
+    NAMESPACE,
+    SIZE_LIMIT_BYTES,
+    read_guest,
+    read_identity,
+    read_wishes,
+)
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.model import Fixed, Form, Intent, PciAddress
 
@@ -108,6 +114,9 @@ def test_the_examples_of_intents_ask_for_just_these() -> None:
     assert isinstance(routed, Intent)
     assert (routed.policy, routed.devs, routed.backends) == (Policy.ROUTE, ("enp1s0",), taps)
     assert routed.addresses == ("192.0.2.7", "2001:db8::7")
+    (served,) = example("intent-vhostuser.xml")
+    assert isinstance(served, Intent)
+    assert (served.backends, served.socket) == ((Backend.SOCKET_VHOST,), "/run/vnet-lock/web8-net0.sock")
     (nat,) = example("intent-nat.xml")
     assert isinstance(nat, Intent)
     assert (nat.policy, nat.devs, nat.backends, nat.dhcp) == (Policy.NAT, (), taps, True)
@@ -273,6 +282,13 @@ def intent(**attributes: str) -> str:
         (intent(policy="nat", dhcp="yes"), "dhcp 'yes' is neither on nor off"),
         (intent(dhcp="on"), "policy vepa has no DHCP server"),
         (intent(pool="fabric-a"), "dev= and pool= exclude each other"),
+        (
+            intent(backends="vfio"),
+            "it is plugged in later, so no <interface> of the definition has its alias",
+        ),
+        (intent(teaming="ua-net0"), 'no <interface> with <alias name="ua-net0"/> has <teaming'),
+        (intent(alias="ua-net1", backends="vfio", ip="192.0.2.7"), "takes no ip="),
+        (intent(alias="ua-net1", backends="vfio", queues="2"), "takes no queues="),
         (intent(vlan="0"), "1 to 4094"),
         (intent(vlan="4095"), "1 to 4094"),
         (intent(vlan="x"), "1 to 4094"),
@@ -311,8 +327,7 @@ def test_what_is_no_intent_at_all_is_refused(intents: str) -> None:
 @pytest.mark.parametrize(
     ("backends", "said"),
     [
-        ("vfio", "<interface type='hostdev'>"),
-        ("tap vfio", "<interface type='hostdev'>"),
+        ("tap vfio", "vfio can't be one of several backends"),
         ("socket+vhost", 'use backends="tap+vhost tap"'),
         ("user", 'use backends="tap+vhost tap"'),
     ],
@@ -321,6 +336,127 @@ def test_a_backend_that_libvirt_takes_no_late_is_refused_with_what_to_use(backen
     with pytest.raises(Unsupported) as caught:
         read_guest(domain(ETHERNET, intent(backends=backends)))
     assert said in one_line(caught)
+
+
+TEAM = ETHERNET.replace("<alias", "<teaming type='persistent'/><alias")
+
+
+def test_a_vf_that_is_plugged_in_has_no_interface_and_the_mac_of_its_standby() -> None:
+    words = intent(alias="ua-vf0", policy="veb", backends="vfio", teaming="ua-net0", vlan="7")
+    standby, vf = read_guest(domain(TEAM, INTENT + words)).requests
+    assert isinstance(standby, Intent)
+    assert not standby.hotplug
+    assert vf == Intent(
+        "ua-vf0",
+        Policy.VEB,
+        ("eth0",),
+        (Port.SRIOV,),
+        (Backend.VFIO,),
+        "52:54:00:aa:00:01",
+        7,
+        hotplug=True,
+        teaming="ua-net0",
+    )
+    words = intent(policy="veb", backends="vfio", mac="52:54:00:AA:00:02")
+    (alone,) = read_guest(domain("", words)).requests
+    assert isinstance(alone, Intent)
+    assert (alone.mac, alone.hotplug) == ("52:54:00:aa:00:02", True)
+
+
+PLUGGED = """<interface type='hostdev'><mac address='52:54:00:aa:00:01'/>
+  <source><address bus='1' slot='16' function='0'/></source><alias name='ua-vf0'/></interface>"""
+
+
+def test_a_vf_that_is_plugged_in_already_is_not_asked_for_again() -> None:
+    words = intent(alias="ua-vf0", policy="veb", backends="vfio", teaming="ua-net0")
+    (fixed,) = read_guest(domain(TEAM + PLUGGED, words)).requests
+    assert isinstance(fixed, Fixed)
+    assert (fixed.interface, fixed.policy) == ("ua-vf0", Policy.VEB)
+
+
+RESOLVED = {
+    "direct": "<interface type='direct'><source dev='eth0' mode='vepa'/><alias name='ua-net0'/></interface>",
+    "hostdev": PLUGGED.replace("ua-vf0", "ua-net0"),
+    "bridge": "<interface type='bridge'><source bridge='br0'/><alias name='ua-net0'/></interface>",
+    "user": "<interface type='user'><alias name='ua-net0'/></interface>",
+    "pci": """<hostdev mode='subsystem' type='pci'><source><address bus='1' slot='0' function='0'/></source>
+      <alias name='ua-net0'/></hostdev>""",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "policy"),
+    [("direct", "vepa"), ("hostdev", "private"), ("bridge", "veb"), ("user", "nat"), ("pci", "private")],
+)
+def test_an_interface_that_is_resolved_already_is_libvirts_to_open(form: str, policy: str) -> None:
+    requests = read_guest(domain(RESOLVED[form], intent(policy=policy, backends="vfio tap"))).requests
+    assert not [one for one in requests if isinstance(one, Intent)]
+    assert [one.interface for one in requests] == ([] if form in ("bridge", "user") else ["ua-net0"])
+
+
+@pytest.mark.parametrize(
+    ("form", "policy"), [("bridge", "vepa"), ("user", "veb"), ("direct", "veb"), ("hostdev", "nat")]
+)
+def test_an_interface_that_is_resolved_to_something_else_than_its_intent_is_refused(form, policy) -> None:
+    with pytest.raises(BadInput, match=rf"interface ua-net0: .* no {policy}; .*vnet-lock resolve"):
+        read_guest(domain(RESOLVED[form], intent(policy=policy)))
+
+
+@pytest.mark.parametrize("kind", ["network", "mcast", "ethernet"])
+def test_who_writes_interfaces_anew_may_find_any_form_or_none(kind: str) -> None:
+    xml = domain(f"<interface type='{kind}'><alias name='ua-net0'/></interface>", INTENT)
+    _, (wish,) = read_wishes(xml)
+    assert (wish.kind, wish.is_resolved, wish.intent.backends) == (kind, kind != "ethernet", ())
+    guest, (wish,) = read_wishes(domain(PLUGGED, INTENT))
+    assert [one.interface for one in guest.requests] == ["ua-vf0"]
+    assert (wish.kind, wish.is_resolved) == ("", False)
+
+
+VHOST_USER = """<interface type='vhostuser'><mac address='52:54:00:aa:00:01'/>
+  <source type='unix' path='/run/vnet-lock/g.sock' mode='client'/><alias name='ua-net0'/></interface>"""
+SHARED = b"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+
+
+def vhost_user(devices: str = VHOST_USER, wish: str = INTENT, memory: bytes = SHARED) -> bytes:
+    return domain(devices, wish).replace(b"<devices>", memory + b"<devices>")
+
+
+def test_a_vhostuser_interface_takes_a_socket_that_vhost_serves() -> None:
+    (found,) = read_guest(vhost_user()).requests
+    assert isinstance(found, Intent)
+    assert (found.backends, found.socket) == ((Backend.SOCKET_VHOST,), "/run/vnet-lock/g.sock")
+    numa = b"<cpu><numa><cell id='0' memAccess='shared'/></numa></cpu>"
+    assert read_guest(vhost_user(memory=numa)).requests == (found,)
+    assert read_guest(domain(VHOST_USER)).requests == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (vhost_user(memory=b""), BadInput, "ua-net0: .* memory shared: add <memoryBacking>"),
+        (
+            vhost_user(memory=SHARED + b"<cpu><numa><cell id='0' memAccess='private'/></numa></cpu>"),
+            BadInput,
+            "shared",
+        ),
+        (
+            vhost_user(VHOST_USER.replace("client", "server")),
+            BadInput,
+            "needs <source type='unix' .* mode='client'/>",
+        ),
+        (
+            vhost_user(wish=intent(backends="tap")),
+            Unsupported,
+            r'no backend tap late; use backends="socket\+vhost"',
+        ),
+        (vhost_user(wish=intent(policy="route", ip="192.0.2.7", port="none")), Unsupported, "no combination"),
+    ],
+)
+def test_a_vhostuser_interface_that_can_not_be_served_is_refused(
+    given: bytes, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        read_guest(given)
 
 
 def test_a_port_without_any_tap_is_refused() -> None:

@@ -18,7 +18,17 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hook import Call, answer, perform
-from vnet_lock.model import Fixed, Intent, Owner, OwnerKind, Process, Request, Resource
+from vnet_lock.model import (
+    Fixed,
+    Intent,
+    Owner,
+    OwnerKind,
+    Plan,
+    Process,
+    Refusal,
+    Request,
+    Resource,
+)
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 
@@ -55,6 +65,9 @@ class Fake:
 
     def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> None:
         self._ask("adopt running" if running else "adopt", owner, requests)
+
+    def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
+        raise NotImplementedError
 
     def hand_over(self, old: Owner, new: Owner) -> None:
         assert old.process is not None
@@ -384,6 +397,34 @@ def test_a_vf_of_a_guest_whose_daemon_died_while_starting_it_is_free_again(libvi
 def test_a_vf_that_is_not_there_is_refused(libvirt: Libvirt) -> None:
     assert libvirt.call("a", "prepare", VF0, "0000:02:10.0") == 1
     assert libvirt.held() == {}
+
+
+def of_a_user(host: FakeHost, operation: str, xml: bytes) -> tuple[int, Told]:
+    told = Told()
+    return answer(Call(host.settings, DAEMON, "b", operation, xml, is_root=False), Session, told), told
+
+
+def test_a_users_own_daemon_is_refused_what_others_have_and_claims_nothing(
+    libvirt: Libvirt, host: FakeHost
+) -> None:
+    assert libvirt.call("a", "prepare", VF0) == 0
+    status, told = of_a_user(host, "prepare", guest("b", VF0))
+    assert status == 1
+    assert told.said[0].startswith(f'vnet-lock: VF {VF0} is held by guest "a"')
+    # What root has given him is his.
+    for operation in ("prepare", "start", "reconnect", "stopped", "release"):
+        assert of_a_user(host, operation, guest("b", VF1)) == (0, Told())
+    # He may call his guest as he likes.
+    for operation in ("stopped", "release"):
+        assert of_a_user(host, operation, guest("a", VF0)) == (0, Told())
+    assert libvirt.held() == {V0: "a"}
+
+
+def test_a_users_own_daemon_is_told_that_networks_of_the_host_take_root(host: FakeHost) -> None:
+    status, told = of_a_user(host, "prepare", (XML / "intent-vepa.xml").read_bytes())
+    assert status == 1
+    (line,) = told.said
+    assert "qemu:///system" in line
 
 
 ORDERS = list(itertools.product(("prepare", "start", "stopped", "release", "reconnect"), repeat=3))

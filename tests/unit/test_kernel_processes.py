@@ -142,6 +142,32 @@ def test_a_libvirt_guest_is_dead_only_once_libvirt_has_given_back_what_it_had(
     assert processes.is_owner_alive(DEFAULT, owner) is lives, window
 
 
+@pytest.mark.parametrize(
+    ("window", "files", "lives"),
+    [
+        ("no QEMU yet: the next daemon knows nothing of it", ("web1.pid",), False),
+        ("QEMU has died, and the next daemon gives back what it had", ("web1.pid", "web1.xml"), True),
+        ("the next daemon has", (), False),
+        ("what libvirt has can't be seen from here", None, False),
+    ],
+)
+def test_a_libvirt_guest_outlives_its_daemon_until_the_next_one_has_given_back_what_it_had(
+    tmp_path: Path, window: str, files: tuple[str, ...] | None, lives: bool
+):
+    if files is not None:
+        build(tmp_path, {"qemu/": "", **{f"qemu/{name}": "" for name in files}})
+    daemon = processes.Process(processes.this_process(DEFAULT).pid, 1)  # its pid is another's by now
+    owner = Owner(
+        OwnerKind.LIBVIRT,
+        "web1",
+        processes.read_boot_id(DEFAULT),
+        uuid="u",
+        process=daemon,
+        pid_file=str(tmp_path / "qemu/web1.pid"),
+    )
+    assert processes.is_owner_alive(DEFAULT, owner) is lives, window
+
+
 def test_a_marked_guest_lives_while_its_pid_file_is_locked(tmp_path: Path):
     """libvirt could not kill it: its QEMU hangs in the kernel, or another libvirt guest has its name."""
     path = str(tmp_path / "web1.pid")

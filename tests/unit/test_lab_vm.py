@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.lab import older
 from tests.lab.vm import HUNG, LOST, Outcome, Vm
 
 
@@ -49,6 +50,42 @@ def test_a_vm_that_is_lost_before_its_command_ran_is_booted_once_more(tmp_path: 
 def test_what_vng_said_last_stands_in_the_complaint_about_a_lost_vm(tmp_path: Path) -> None:
     outcome = end_as(tmp_path, "printf 'Traceback:\\nNo such file: qemu\\n\\n' >&2; exit 3")
     assert "(vng's exit code 3, No such file: qemu); see " in outcome.complaint
+
+
+def test_what_an_older_libvirt_learnt_about_qemu_is_kept_with_it(tmp_path: Path) -> None:
+    results, folder, vng = tmp_path / "results", tmp_path / "libvirt-1", tmp_path / "vng"
+    folder.mkdir()
+    story = 'mkdir capabilities; echo "$*" >capabilities/x; echo 0 >exit-code'
+    vng.write_text(f"#!/bin/sh\ncd {results}\n{story}\n")
+    vng.chmod(0o755)
+    assert Vm(["true"], results, 30, vng=str(vng), older=folder).run().exit_code == 0
+    assert f"tests/lab/inside {results} {folder}" in (folder / "capabilities/x").read_text()
+
+
+APT = """#!/bin/sh
+case "$0 $*" in
+*dpkg-query*) echo 11.3.0-2~bpo12+1 ;;
+*madison*) for one in 11.3.0-2~bpo12+1 {offered}; do echo " libvirt-daemon | $one | somewhere"; done ;;
+*download*) echo "no such host" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("offered", "said"),
+    [("11.3.0-1", "apt offers no libvirt"), ("9.0.0-4+deb12u2", "apt-get failed: no such host")],
+)
+def test_an_older_libvirt_that_cannot_be_had_is_said_to_be_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offered: str, said: str
+) -> None:
+    for name in ("apt-cache", "apt-get", "dpkg-query"):
+        (tmp_path / name).write_text(APT.format(offered=offered))
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "cache").mkdir()
+    with pytest.raises(older.NoOlder, match=said):
+        older.unpack(tmp_path / "cache")
+    assert os.listdir(tmp_path / "cache") == []
 
 
 def test_an_exit_code_of_an_earlier_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ from vnet_lock.model import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
-VERBS = ("status", "show", "plan", "matrix", "claim", "release", "gc", "doctor", "reap", "vfs", "hooks")
+VERBS = (
+    *("status", "show", "plan", "matrix", "claim", "release", "gc", "doctor", "reap", "watch", "vfs"),
+    *("resolve", "define", "start", "attach", "detach", "hooks"),
+)
 
 
 def options(verb: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -121,14 +124,16 @@ def test_tmpfiles_makes_the_directories_that_claims_live_in():
     assert made == [[DEFAULT.run, "0755", "root"], [DEFAULT.claims_dir, "0755", "root"]]
 
 
-def test_the_service_is_one_that_systemd_understands_and_runs_a_command_of_ours(tmp_path, capsys):
-    text = (PACKAGING / "systemd/vnet-lock-reap.service").read_text()
+@pytest.mark.parametrize("service", ["reap", "watch"])
+def test_a_service_is_one_that_systemd_understands_and_runs_a_command_of_ours(service, tmp_path, capsys):
+    text = (PACKAGING / f"systemd/vnet-lock-{service}.service").read_text()
     (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
     program, verb, *words = command.split()
-    assert (Path(program).name, {*words}) == ("vnet-lock", options(verb, capsys))
+    assert (Path(program).name, verb) == ("vnet-lock", service)
+    assert {*words} <= options(verb, capsys)
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze, which reads units")
-    unit = tmp_path / "vnet-lock-reap.service"
+    unit = tmp_path / f"vnet-lock-{service}.service"
     unit.write_text(text.replace(program, shutil.which("true") or ""))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False

@@ -39,7 +39,7 @@ def test_what_a_hook_loads_has_no_heavy_library_in_it(tmp_path: Path) -> None:
     """Each costs more than all that the hook does: pyroute2 250 ms, libvirt 50, asyncio 40."""
     loaded = ["vnet_lock.claims", "vnet_lock.locks"]
     if (TOP / "vnet_lock/front/hook.py").exists():
-        loaded.append("vnet_lock.front.hook")
+        loaded += [f"vnet_lock.front.{name}" for name in ("hook", "network_hook", "companion")]
     code = (
         f"import sys, {', '.join(loaded)}\n"
         # With a guard taken, what is imported inside functions is loaded too.

@@ -55,6 +55,8 @@ class Ended:
 class Shim:
     """The shim in a directory of its own, with a Python that only writes down how it was called."""
 
+    driver = "qemu"
+
     def __init__(self, root: Path, shell: list[str]) -> None:
         self.root = root
         self.shell = shell
@@ -65,7 +67,7 @@ class Shim:
         self.python_does("cat >stdin; exit 0")
 
     def fill_in(self, **values: str) -> None:
-        text = (TOP / "hooks/qemu").read_text()
+        text = (TOP / "hooks" / self.driver).read_text()
         for name, value in values.items():
             before = next(line for line in text.splitlines() if line.startswith(f"{name}="))
             text = text.replace(before, f"{name}='{value}'", 1)

@@ -468,10 +468,14 @@ def test_print_raises_what_running_would(kind, error):
         show(Planner(refusal), *HOST)
 
 
-@pytest.mark.parametrize("words", [["guest.xml"], ["--name", "a", "dir/guest.xml"]])
-def test_what_this_version_cannot_run_is_said_at_once(words):
-    with pytest.raises(Unsupported, match="this version"):
+@pytest.mark.parametrize("words", [["guest.xml", "-m", "64"], ["--name", "a", "dir/guest.xml"]])
+def test_a_libvirt_guest_stands_alone(words):
+    with pytest.raises(BadInput, match="says all of its guest"):
         wrapper.parse(words)
+
+
+def test_a_libvirt_guest_is_known_by_its_file():
+    assert wrapper.parse(["--print", "guest.xml"]) == wrapper.Command("guest.xml", (), print_only=True)
 
 
 def test_a_proc_that_does_not_know_our_child_is_an_error_and_no_endless_wait(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse  # 10 ms; no hook loads this module
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 from vnet_lock.combination import Policy, Port
@@ -15,21 +16,24 @@ from vnet_lock.settings import DEFAULT, Settings
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
+# The verbs that write a libvirt guest's interfaces.
+_OF_LIBVIRT = ("resolve", "define", "start", "attach", "detach")
+
 
 def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:
     """Run one command and return its exit code."""
 
     def run() -> int:
-        args = _parser().parse_args(argv)
-        from vnet_lock.front import verbs
-
-        perform: Callable[[Settings, argparse.Namespace], int] = getattr(verbs, args.verb)
+        args = parser().parse_args(argv)
+        module = import_module("vnet_lock.front." + ("domains" if args.verb in _OF_LIBVIRT else "verbs"))
+        perform: Callable[[Settings, argparse.Namespace], int] = getattr(module, args.verb)
         return perform(settings, args)
 
     return serve("vnet-lock", run)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's words."""
     parser = _Parser(
         prog="vnet-lock",
         description="Who uses which SR-IOV virtual function, and that no two guests use the same.",
@@ -75,9 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     verb = add("reap", "heal claims whose owner is dead, once, or as soon as it is")
     verb.add_argument("--follow", action="store_true", help="go on until SIGTERM: one process for a host")
 
+    verb = add("watch", "claim what libvirt's guests get by a hot-plug, and say conflicts, until SIGTERM")
+    verb.add_argument("-c", "--connect", metavar="URI", help="libvirt's daemon (default: qemu:///system)")
+
     verb = add("vfs", "show or change the number of a PF's VFs; refused while one of them is in use")
     verb.add_argument("pf", metavar="PF", help="its name or PCI address")
     verb.add_argument("count", metavar="N", nargs="?", type=_natural, help="the new number (sriov_numvfs)")
+
+    _add_libvirt_verbs(add)
 
     verb = add("hooks", "libvirt's hooks: put ours there, take them away, or look")
     verb.add_argument("action", choices=("install", "remove", "status"))
@@ -111,8 +120,56 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _add_libvirt_verbs(add: _Verbs) -> None:
+    verb = add("resolve", "print a libvirt guest with its interfaces chosen, or left to the hook")
+    verb.add_argument("guest", metavar="GUEST.xml", help="libvirt's domain XML (- for stdin)")
+    _add_form(verb)
+
+    verb = add("define", "define a libvirt guest as resolve prints it")
+    verb.add_argument("guest", metavar="GUEST.xml", help="libvirt's domain XML (- for stdin)")
+    _add_form(verb)
+    _add_connect(verb)
+
+    verb = add("start", "start a libvirt guest with what is free now; its definition stays as it is")
+    verb.add_argument("guest", metavar="GUEST", help="a name, a UUID, or a file GUEST.xml (- for stdin)")
+    _add_form(verb)
+    _add_connect(verb)
+    verb.add_argument("--paused", action="store_true", help="its CPUs wait for virsh resume")
+
+    verb = add("attach", "plug an interface into a running libvirt guest, claimed before libvirt is asked")
+    verb.add_argument("guest", metavar="GUEST", help="its name or UUID")
+    verb.add_argument(
+        "interface", metavar="FILE.xml", nargs="?", help="<interface> or <hostdev> (- for stdin)"
+    )
+    _add_words(verb)
+    verb.add_argument("--alias", type=_alias, help="what it is called, ua-net1 say (default: the next free)")
+    _add_form(verb)
+    _add_connect(verb)
+
+    verb = add("detach", "unplug an interface of a running libvirt guest, and give back what it had")
+    verb.add_argument("guest", metavar="GUEST", help="its name or UUID")
+    verb.add_argument("interface", metavar="ALIAS", help="the interface's alias or MAC address")
+    verb.add_argument("--timeout", type=_positive, default=30, metavar="S", help="seconds for the guest")
+    _add_connect(verb)
+
+
+def _add_form(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--form", choices=("full", "late"), default="full", help="chosen now (default), or at each start"
+    )
+
+
+def _add_connect(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-c", "--connect", metavar="URI", help="libvirt's daemon (default: qemu:///system)")
+
+
 def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("guest", metavar="GUEST.xml", nargs="?", help="libvirt's domain XML (- for stdin)")
+    _add_words(verb)
+    _add_json(verb)
+
+
+def _add_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mode", help=f"the policy: {', '.join(Policy)} (bridge is veb)")
     verb.add_argument("--dev", action="append", help="a network device or PCI address; several in order")
     verb.add_argument("--pool", metavar="NAME", help="VFs of this pool, in the place of --dev")
@@ -123,7 +180,6 @@ def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--queues", help="how many queues")
     verb.add_argument("--ip", action="append", help="the guest's own address, for route; again for more")
     verb.add_argument("--dhcp", choices=("on", "off"), help="a DHCP server, for nat")
-    _add_json(verb)
 
 
 def _add_json(verb: argparse.ArgumentParser) -> None:
@@ -149,6 +205,14 @@ def _resource(text: str) -> Resource:
 def _name(text: str) -> str:
     if not text.isprintable() or len(text) > 100:
         raise argparse.ArgumentTypeError("a name has at most 100 characters, all of them printable")
+    return text
+
+
+def _alias(text: str) -> str:
+    import re
+
+    if not re.fullmatch("ua-[A-Za-z0-9_-]+", text):
+        raise argparse.ArgumentTypeError("libvirt's user aliases are like ua-net0")
     return text
 
 

@@ -107,7 +107,7 @@ def read_intent(words: Words) -> Intent:
         for value in protocols if name == "protocols" else values.get(name, []):
             text = value.replace(",", ":") if name == "protocols" else value.replace(",", ",,")
             keys.append(f"{name}={text}")
-    intent = replace(_read_network(",".join(keys)), raw=is_raw)
+    intent = replace(_read_network(",".join(keys)), raw=is_raw, datagrams=True)
     if target is Target.TAP_ONLY and intent.queues > 1:
         raise BadInput("--fd takes one descriptor, so there is no --queues; use --socketpair")
     if 2 * intent.queues > _MOST_FDS:

@@ -12,7 +12,7 @@ import signal
 from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol
 
-from vnet_lock.errors import BadInput, VnetLockError
+from vnet_lock.errors import VnetLockError
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -20,19 +20,27 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-    from vnet_lock.model import Owner, Request
+    from vnet_lock.model import Owner, Plan, Refusal, Request
+    from vnet_lock.session import Grant
 
 # What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
-_FAIL_CLOSED = ("prepare", "start")
+# Of the qemu hook and of the network hook.
+_FAIL_CLOSED = ("prepare", "start", "port-created")
 
 
 class Guards(Protocol):
     """What the hook needs of a session."""
 
-    def acquire(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
+        """Say what a guest would get; change nothing."""
+
+    def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
+
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Have processes of ours serve a guest where its QEMU looks for sockets."""
 
     def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> object:
         """Claim what libvirt has set up for a guest already."""
@@ -58,14 +66,22 @@ class DeadlinePassed(BaseException):
     """The hook has used up its time. No VnetLockError: who collects failures must not carry on."""
 
 
+class TooLate(VnetLockError):
+    """Something is wrong, but the guest has it already: to fail now would only do more harm."""
+
+
 class Call(NamedTuple):
-    """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it."""
+    """One call of libvirt's; ``daemon_pid`` is the pid of the daemon that makes it.
+
+    A user's own daemon (qemu:///session) calls the same hook, which then is no root, and can claim nothing.
+    """
 
     settings: Settings
     daemon_pid: int
     guest: str
     operation: str
     xml: bytes
+    is_root: bool = True
 
 
 def main(argv: Sequence[str], stdin: BinaryIO) -> int:
@@ -75,7 +91,8 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     and libvirt's own arguments: the guest's name, the operation, and two more.
     """
     root, daemon_pid, guest, operation = argv[:4]
-    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read())
+    is_root = not os.geteuid() or bool(root)
+    call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
     arm_deadline(operation, report, read_deadline_s(call.settings))
     status = answer(call, _open_session, report)
@@ -85,18 +102,24 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
 
 def answer(call: Call, open_session: Callable[[Settings], Guards], report: Report) -> int:
     """Perform an operation, report what goes wrong, and return the exit status that libvirt is to see."""
-    status = 1 if call.operation in _FAIL_CLOSED else 0
+    return answer_with(lambda: perform(call, open_session), call.operation, f'guest "{call.guest}"', report)
+
+
+def answer_with(body: Callable[[], None], operation: str, of: str, report: Report) -> int:
+    """As ``answer``, for any hook of libvirt's."""
+    status = 1 if operation in _FAIL_CLOSED else 0
     try:
-        perform(call, open_session)
+        body()
     except (VnetLockError, DeadlinePassed) as error:
+        status = 0 if isinstance(error, TooLate) else status
         report.say(f"vnet-lock: {error}")
         if not status:
-            report.log(f'{call.operation} of guest "{call.guest}": {error}')
+            report.log(f"{operation} of {of}: {error}")
         return status
     except Exception as error:
         import traceback  # 5 ms
 
-        report.log(f'{call.operation} of guest "{call.guest}": {traceback.format_exc()}')
+        report.log(f"{operation} of {of}: {traceback.format_exc()}")
         report.say(traceback.format_exc())
         report.say(f"vnet-lock: unexpected {type(error).__name__}: {error}; please report it")
         return status
@@ -112,13 +135,18 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
     """
     if call.operation not in ("prepare", "start", "reconnect", "stopped", "release"):
         return
+    if not call.is_root:
+        if call.operation == "prepare":
+            _check_for_user(call, open_session)
+        return
     from vnet_lock import domain_xml
+    from vnet_lock.front.libvirt_guest import read_owner
     from vnet_lock.model import Fixed
 
     if call.operation in ("stopped", "release"):
         # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
         _, uuid = domain_xml.read_identity(call.xml)
-        owner = _owner(call, uuid)
+        owner = read_owner(call.settings, call.guest, uuid, call.daemon_pid)
         if call.operation == "release":
             open_session(call.settings).release(owner)
         elif os.path.lexists(f"{call.settings.libvirt_run}/qemu/{call.guest}.xml"):
@@ -134,33 +162,49 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         requests = tuple(request for request in requests if isinstance(request, Fixed))
     if not requests:
         return
-    owner = _owner(call, found.uuid)
+    owner = read_owner(call.settings, call.guest, found.uuid, call.daemon_pid)
     if owner.process is None:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
-        session.acquire(owner, requests)
+        _prepare(session, owner, requests, call.settings)
     else:
         session.adopt(owner, requests, running=call.operation == "reconnect")
 
 
-def _owner(call: Call, uuid: str) -> Owner:
-    """The guest as owner: the daemon while it starts, and QEMU by the lock on its pid file afterwards."""
-    from vnet_lock.kernel import processes
-    from vnet_lock.model import Owner, OwnerKind
+def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
+    """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
+    from vnet_lock.model import Intent
 
-    if not call.guest or "/" in call.guest:
-        raise BadInput(f"{call.guest!r} is no name of a guest")
-    if not uuid:
-        raise BadInput(f'the XML of guest "{call.guest}" has no uuid')
-    return Owner(
-        kind=OwnerKind.LIBVIRT,
-        name=call.guest,
-        boot_id=processes.read_boot_id(call.settings),
-        uuid=uuid,
-        process=processes.read_process(call.settings, call.daemon_pid),
-        pid_file=f"{call.settings.libvirt_run}/qemu/{call.guest}.pid",
-    )
+    grants = session.acquire(owner, requests)
+    if any(isinstance(one, Intent) and one.socket for one in requests):
+        session.serve(grants)
+    if any(isinstance(one, Intent) and one.hotplug for one in requests):
+        from vnet_lock.front import companion  # 1 ms
+
+        companion.start_all(settings, owner, grants)
+
+
+def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+    """Refuse a user's own guest what another has, and what takes root to make; it gets no claim.
+
+    A device that root has given to the user by VFIO is his to use, and is seen to be used by who claims.
+    """
+    from vnet_lock import domain_xml
+    from vnet_lock.model import Intent, Refusal
+
+    requests = domain_xml.read_guest(call.xml).requests
+    for request in requests:
+        if isinstance(request, Intent):
+            raise VnetLockError(
+                f"{request.interface}: networks of the host are root's to give; have guest"
+                f" \"{call.guest}\" in qemu:///system, or give it an <interface type='user'>"
+            )
+    found = open_session(call.settings).plan(requests)
+    if isinstance(found, Refusal):
+        from vnet_lock.planning import error_of
+
+        raise error_of(found)
 
 
 def _open_session(settings: Settings) -> Guards:

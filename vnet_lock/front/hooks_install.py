@@ -21,7 +21,7 @@ NAME = "50-vnet-lock"
 # The shims have it in their second line; it tells our files from others'.
 _MARKER = "# vnet-lock hook shim"
 # What the hook's Python loads; it runs without site, so it is told where they are.
-_LIBRARIES = ("vnet_lock", "lxml", "filelock", "pyroute2")
+_LIBRARIES = ("vnet_lock", "filelock", "pyroute2", "libvirt")
 # Where AppArmor's profile of libvirtd lets a hook run programs.
 _CONFINED_TO = ("/usr/bin/", "/usr/sbin/")
 
@@ -177,7 +177,9 @@ def _library_paths() -> list[str]:
         spec = find_spec(library)
         if spec is None or spec.origin is None:
             raise VnetLockError(f"the Python library {library} is missing here; do: pip install {library}")
-        path = os.path.dirname(os.path.dirname(os.path.abspath(spec.origin)))
+        path = os.path.dirname(os.path.abspath(spec.origin))
+        if spec.submodule_search_locations is not None:  # a package, not a single file
+            path = os.path.dirname(path)
         if ":" in path:
             raise VnetLockError(f"{path} has a colon, which parts paths: install vnet-lock elsewhere")
         paths[path] = None

@@ -185,6 +185,14 @@ def reap(settings: Settings, args: Namespace) -> int:
     return reaper.follow(settings, heal)
 
 
+def watch(settings: Settings, args: Namespace) -> int:
+    """Claim what libvirt's guests get by a hot-plug, until we are told to end."""
+    from vnet_lock.front.watch import follow
+    from vnet_lock.session import Session
+
+    return follow(settings, Session(settings), args.connect)
+
+
 def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
     for one in healed:
         what = ", ".join(each.resource.text for each in one.claims)
@@ -296,10 +304,10 @@ def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, t
         return _read_guest(settings, args.guest)
     if args.mode is None:
         raise BadInput("plan needs a GUEST.xml, or --mode and --dev; see: vnet-lock plan --help")
-    return None, _read_words(args)
+    return None, read_words(args)
 
 
-def _read_words(args: Namespace) -> tuple[Request, ...]:
+def read_words(args: Namespace) -> tuple[Request, ...]:
     """As ``-netdev host`` takes them, so that both understand the same."""
     from vnet_lock.qemu_argv import read_argv
 
@@ -316,18 +324,24 @@ def _read_words(args: Namespace) -> tuple[Request, ...]:
         raise BadInput(str(error).removeprefix(f"-netdev {network}: ")) from error
 
 
-def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...]]:
-    from vnet_lock.domain_xml import SIZE_LIMIT_BYTES, read_guest
-    from vnet_lock.kernel.processes import read_boot_id
+def read_file(path: str) -> bytes:
+    """A file that the user names, ``-`` for standard input; BadInput where it can't be read."""
+    from vnet_lock.domain_xml import SIZE_LIMIT_BYTES
 
     try:
         if path == "-":
-            xml = sys.stdin.buffer.read(SIZE_LIMIT_BYTES + 1)
-        else:
-            with open(path, "rb") as file:
-                xml = file.read(SIZE_LIMIT_BYTES + 1)
+            return sys.stdin.buffer.read(SIZE_LIMIT_BYTES + 1)
+        with open(path, "rb") as file:
+            return file.read(SIZE_LIMIT_BYTES + 1)
     except OSError as error:
         raise BadInput(f"cannot read {path or repr(path)}: {error.strerror}; see: ls -l") from error
+
+
+def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...]]:
+    from vnet_lock.domain_xml import read_guest
+    from vnet_lock.kernel.processes import read_boot_id
+
+    xml = read_file(path)
     try:
         guest = read_guest(xml)
     except BadInput as error:

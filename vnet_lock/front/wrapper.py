@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.combination import Backend, Combination
-from vnet_lock.errors import BadInput, Unsupported
+from vnet_lock.errors import BadInput
 from vnet_lock.front.command import serve
 from vnet_lock.front.program import become, find_program
 from vnet_lock.front.qemu_features import read_dialect
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _USAGE = """\
 usage: vnet-qemu [--print] [--name NAME] [--] [PROGRAM] QEMU-ARGUMENTS...
+       vnet-qemu [--print] GUEST.xml
        vnet-qemu --from-pid PID
 
 Runs QEMU with its host networks opened, and claimed for as long as it runs:
@@ -41,6 +42,9 @@ Runs QEMU with its host networks opened, and claimed for as long as it runs:
   mac=MAC  vlan=ID  queues=N  dhcp=on|off (a server on a NAT bridge)
 
 PROGRAM is QEMU's name or path; without it, it is this machine's qemu-system.
+
+GUEST.xml is a libvirt guest, with what its interfaces want in its metadata. It runs without libvirt's
+daemon, until it is shut down or vnet-qemu gets a signal.
 
   --print         show the resulting command and change nothing
   --name NAME     the guest's name in vnet-lock status; without it, that of QEMU's -name
@@ -147,6 +151,10 @@ def run(
         print(rerun(settings, _read_pid(args)))
         return 0
     command = parse(args)
+    if command.program.endswith(".xml"):
+        from vnet_lock.front import embedded  # libvirt, 50 ms
+
+        return embedded.run(settings, command.program, command.print_only)
     argv = read_argv(command.args)
     if command.print_only:
         show(command, argv, open_planner)
@@ -193,8 +201,8 @@ def parse(args: Sequence[str]) -> Command:
             break
     if not rest:
         raise BadInput("what is to be run? See: vnet-qemu --help")
-    if rest[0].endswith(".xml"):
-        raise Unsupported(f"{rest[0]}: this version runs QEMU command lines only; see: vnet-qemu --help")
+    if rest[0].endswith(".xml") and (name or rest[1:]):
+        raise BadInput(f"{rest[0]} says all of its guest, its name too; see: vnet-qemu --help")
     program = _default_program() if rest[0].startswith("-") else rest.pop(0)
     return Command(program, tuple(rest), name, print_only)
 

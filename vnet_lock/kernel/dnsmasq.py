@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import os
-import select
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
 
 from vnet_lock.errors import VnetLockError
-from vnet_lock.kernel import programs
-from vnet_lock.kernel.processes import is_alive, read_process
+from vnet_lock.kernel import background, programs
+from vnet_lock.kernel.processes import is_alive
 from vnet_lock.model import Process
 from vnet_lock.settings import Settings
 
 _START_S = 10.0
-_END_S = 2.0
 _POLL_S = 0.01
 
 
@@ -31,39 +27,28 @@ def start(
     can't serve.
     """
     program = programs.require("dnsmasq")
-    words = [program, *_words(bridge, pool)]
     said, errors = os.pipe()
-    go_read, go = os.pipe()
     try:
-        # Its pid is part of its words.
-        pid = _fork(lambda own: [*words, f"--pid-file={_pid_file(settings, bridge, own)}"], go_read, errors)
+
+        def become() -> None:
+            # Its pid is part of its words.
+            pid_file = _pid_file(settings, bridge, os.getpid())
+            os.execv(program, [program, *_words(bridge, pool), f"--pid-file={pid_file}"])  # noqa: S606
+
+        process = background.start(settings, become, journal, errors)
         os.close(errors)
         errors = -1
-        process = read_process(settings, pid)
-        if process is None:
-            raise VnetLockError(f"the process that was to serve DHCP on {bridge} is gone; was it killed?")
-        if journal(process):
-            os.write(go, b"!")
+        if process:
             _wait(settings, bridge, process, said)
     finally:
-        for descriptor in (said, errors, go_read, go):
+        for descriptor in (said, errors):
             if descriptor >= 0:
                 os.close(descriptor)
 
 
 def end(settings: Settings, bridge: str, process: Process) -> None:
     """End precisely this process, if it lives, and remove its file; VnetLockError where it doesn't end."""
-    try:
-        # Whoever has the pid from now on is the one that we look at.
-        descriptor = os.pidfd_open(process.pid)
-    except ProcessLookupError:
-        descriptor = -1
-    if descriptor >= 0:
-        try:
-            if is_alive(settings, process):
-                _end(descriptor, process.pid)
-        finally:
-            os.close(descriptor)
+    background.end(settings, process, "dnsmasq")
     with suppress(FileNotFoundError):
         os.unlink(_pid_file(settings, bridge, process.pid))
 
@@ -89,46 +74,6 @@ def _pid_file(settings: Settings, bridge: str, pid: int) -> str:
     return f"{settings.run}/dnsmasq-{bridge}-{pid}.pid"
 
 
-def _fork(words: Callable[[int], list[str]], go: int, errors: int) -> int:
-    """A process that waits for a byte from ``go`` and then becomes a program; its pid.
-
-    It ends where the byte doesn't come, and keeps nothing of ours open.
-    """
-    told, tell = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.setsid()
-            if pid := os.fork():
-                os.write(tell, str(pid).encode())
-            else:
-                _become(words, go, errors)
-        finally:
-            os._exit(1)
-    os.close(tell)
-    try:
-        os.waitpid(child, 0)
-        answer = os.read(told, 20)
-    finally:
-        os.close(told)
-    if not answer:
-        raise VnetLockError("cannot start another process; see: ulimit -u")
-    return int(answer)
-
-
-def _become(words: Callable[[int], list[str]], go: int, errors: int) -> NoReturn:
-    null = os.open(os.devnull, os.O_RDWR)
-    # Standard input is what it waits for, until it is another program.
-    for descriptor, stream in ((go, 0), (null, 1), (errors, 2)):
-        os.dup2(descriptor, stream)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
-    if os.read(0, 1):
-        argv = words(os.getpid())
-        os.dup2(1, 0)
-        os.execv(argv[0], argv)  # noqa: S606 - a list of words, found by us
-    os._exit(1)
-
-
 def _wait(settings: Settings, bridge: str, process: Process, said: int) -> None:
     """It writes its pid when it has its sockets (main() of dnsmasq.c)."""
     ready = _pid_file(settings, bridge, process.pid)
@@ -144,12 +89,3 @@ def _wait(settings: Settings, bridge: str, process: Process, said: int) -> None:
                 f"dnsmasq didn't start on {bridge} within {_START_S:g} s; is the host overloaded?"
             )
         time.sleep(_POLL_S)
-
-
-def _end(descriptor: int, pid: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(descriptor, number)
-        if select.select([descriptor], [], [], _END_S)[0]:
-            return
-    raise VnetLockError(f"dnsmasq (pid {pid}) doesn't end; see: ps -fp {pid}")

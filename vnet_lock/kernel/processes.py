@@ -66,12 +66,13 @@ def is_owner_alive(settings: Settings, owner: Owner) -> bool:
     """Whether an owner may still use what it claimed; False only on proof of death.
 
     A libvirt guest lives while anybody holds the lock on its pid file (its QEMU does so for its life). While
-    nobody does, it may not have its QEMU yet, or libvirt may still be giving back what it had: it counts as
-    alive as long as the daemon is there. But where `stopped` has found the guest's status file (the owner has
-    no process then), that ends with the file: libvirt writes it once QEMU has the lock, replaces it by
-    renaming, and removes it after it has reattached and deleted the devices, just before it calls `release`
-    (qemuProcessLaunch, qemuProcessStop in libvirt's qemu_process.c). Without that mark a missing file proves
-    nothing: a guest that is being started has none.
+    nobody does, libvirt may still be giving back what it had: that ends with the guest's status file, which
+    libvirt writes once QEMU has the lock, replaces by renaming, and removes after it has reattached and
+    deleted the devices, just before it calls `release` (qemuProcessLaunch, qemuProcessStop in libvirt's
+    qemu_process.c). What a daemon was killed in the middle of, the next one does (qemuProcessReconnect).
+
+    A missing file proves nothing by itself, as a guest that is being started has none: it counts as alive as
+    long as the daemon that starts it is there. The owner has no process where `stopped` has seen the file.
     """
     if owner.boot_id != read_boot_id(settings):
         return False
@@ -81,17 +82,18 @@ def is_owner_alive(settings: Settings, owner: Owner) -> bool:
                 return True
         except OSError:
             return True
-        if owner.process is None:
-            return _may_be_there(owner.pid_file.removesuffix(".pid") + ".xml")
+        has_status_file = _is_there(owner.pid_file.removesuffix(".pid") + ".xml")
+        if has_status_file or owner.process is None:
+            return has_status_file is not False
     return owner.process is None or is_alive(settings, owner.process)
 
 
-def _may_be_there(path: str) -> bool:
-    """Whether a file exists; False only where its directory is seen, and it isn't."""
+def _is_there(path: str) -> bool | None:
+    """Whether a file exists; None where its directory can't be seen."""
     try:
         os.lstat(path)
     except FileNotFoundError:
-        return not os.path.isdir(os.path.dirname(path))
+        return False if os.path.isdir(os.path.dirname(path)) else None
     except OSError:
         return True
     return True

@@ -69,11 +69,12 @@ def open_port(job: Job) -> Opened:
 
 
 def _open_vfio(job: Job, vf: Vf, pf_netdev: str) -> Opened:
-    from vnet_lock.kernel import netlink
-
     mac = job.intent.mac or random_mac()
-    netlink.set_vf(pf_netdev, vf.index, mac=mac, vlan=job.intent.vlan)
-    bind_to_vfio(job)
+    if not job.intent.hotplug:
+        from vnet_lock.kernel import netlink
+
+        netlink.set_vf(pf_netdev, vf.index, mac=mac, vlan=job.intent.vlan)
+        bind_to_vfio(job)
     return Opened(mac=mac, pci=vf.pci)
 
 

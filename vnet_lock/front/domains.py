@@ -1,0 +1,338 @@
+"""The verbs that write a libvirt guest's interfaces: resolve, define, start, attach, detach.
+
+What is chosen is claimed for the guest before libvirt is asked, and lives by this process until there is
+something that lives as long as the guest: the hook's prepare takes the claims over, and without hooks they
+live by the lock on libvirt's pid file. So nothing is left where libvirt refuses, or we are killed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
+from vnet_lock.domain_xml import Plugged, read_guest, read_identity, read_plugged
+from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
+from vnet_lock.front.libvirt_guest import read_daemon, read_owner
+from vnet_lock.front.resolver import Resolved, choose_one
+from vnet_lock.front.resolver import resolve as resolve_guest
+from vnet_lock.front.verbs import read_file, read_words
+from vnet_lock.model import Fixed, Intent, Owner
+from vnet_lock.planning import name_of
+from vnet_lock.ports.macvtap import random_mac
+from vnet_lock.resolving import late_backends, name_link
+from vnet_lock.session import Grant, Session
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.front.libvirt_client import Domain, Libvirt
+
+    Connect = Callable[[str | None], Libvirt]
+
+T = TypeVar("T")
+
+# Who is quicker takes what was planned: then it is planned again.
+_ATTEMPTS = 5
+
+
+def resolve(settings: Settings, args: Namespace) -> int:
+    """Print the guest's XML with its interfaces in another form."""
+    xml = read_file(args.guest)
+    found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
+    _remark(found)
+    sys.stdout.buffer.write(found.xml)
+    return 0
+
+
+def define(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
+    """Define the guest as ``resolve`` writes it; a definition claims nothing."""
+    xml = read_file(args.guest)
+    with (connect or _connect)(args.connect) as libvirt:
+        found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
+        with _naming(found.forms):
+            domain = libvirt.define(found.xml.decode())
+    _remark(found)
+    print(f'guest "{domain.name}" is defined{_summary(found.forms)}')
+    return 0
+
+
+def start(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
+    """Start a guest, defined or of a file, with what is free now; its definition stays as it is."""
+    with (connect or _connect)(args.connect) as libvirt:
+        is_file = args.guest == "-" or args.guest.endswith(".xml") or "/" in args.guest
+        domain = None if is_file else libvirt.find(args.guest)
+        if domain is not None:
+            _require_startable(domain)
+        xml = domain.read_xml(inactive=True, secrets=True).encode() if domain else read_file(args.guest)
+        name, uuid = read_identity(xml)
+        owner = _owner_of(settings, name, uuid or str(uuid4()))
+        session = Session(settings)
+        found, grants = _claim(session, xml, owner, full=args.form == "full")
+        with _given_back(session, grants), _naming(found.forms):
+            _require_hook(settings, found.forms)
+            if domain is not None and found.xml == xml:
+                domain.start(args.paused)
+            else:
+                domain = libvirt.create(with_uuid(found.xml, str(owner.uuid)).decode(), args.paused)
+    _remark(found)
+    print(f'guest "{domain.name}" is started{_summary(found.forms)}')
+    return 0
+
+
+def attach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
+    """Plug an interface into a running guest: one of a file, or one that is chosen."""
+    with (connect or _connect)(args.connect) as libvirt:
+        domain = libvirt.find(args.guest)
+        if not domain.is_active:
+            raise VnetLockError(
+                f'guest "{domain.name}" isn\'t running; start it: vnet-lock start {domain.name}'
+            )
+        owner = _owner_of(settings, domain.name, domain.uuid)
+        session = Session(settings)
+        if args.interface is not None:
+            alias, xml, grants = _claim_file(session, read_file(args.interface), owner)
+        else:
+            alias, xml, grants = _claim_words(session, args, domain, owner)
+        session.activate(grants)
+        with _given_back(session, grants), _about_interface(alias):
+            domain.attach(xml)
+        daemon = read_daemon(settings)
+        if daemon is not None and has_hook(settings):
+            # From its end until libvirt has given all back the guest lives by its daemon.
+            session.hand_over(owner, replace(owner, process=daemon))
+    devices = "".join(f": {name_of(grant.assignment.device)}" for grant in grants if grant.token)
+    print(f'interface {alias} is attached to guest "{domain.name}"{devices}')
+    return 0
+
+
+def detach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
+    """Unplug an interface, by its alias or MAC; what it had is given back once the guest has let go of it."""
+    with (connect or _connect)(args.connect) as libvirt:
+        domain = libvirt.find(args.guest)
+        session = Session(settings)
+        owner = _owner_of(settings, domain.name, domain.uuid)
+        wanted = args.interface.lower()
+        found = next((one for one in _plugged(domain) if wanted in (one.alias.lower(), one.mac)), None)
+        if found is not None:
+            libvirt.listen(domain)
+            with _about_interface(args.interface), suppress(Vanished):  # just now
+                domain.detach_alias(found.alias)
+                _wait_until_gone(libvirt, domain, found.alias, args.timeout)
+        keys = {found.key, found.alias} if found else {args.interface}
+        held = {claim.interface for claim in session.table.read().of(owner)}
+        session.release(owner, keep=held - keys)
+    if found is None and held.isdisjoint(keys):
+        raise BadInput(
+            f'guest "{domain.name}" has no interface {args.interface}; see: virsh domiflist {domain.name}'
+        )
+    print(f'interface {args.interface} is detached from guest "{domain.name}"')
+    return 0
+
+
+# --- claims ---------------------------------------------------------------------------------------
+
+
+def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[Resolved, tuple[Grant, ...]]:
+    """Resolve, and claim what libvirt itself is to open."""
+
+    def take() -> tuple[Resolved, tuple[Grant, ...]]:
+        found = resolve_guest(session, xml, owner, full=full)
+        fixed = [one for one in read_guest(found.xml).requests if isinstance(one, Fixed)]
+        grants = session.acquire(owner, fixed, beside=True)
+        session.activate(grants)
+        return found, grants
+
+    return _again(take)
+
+
+def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
+    """Claim what a device that is written already names; its key, its XML, and what was claimed."""
+    text = xml.decode()
+    if text.lstrip().startswith("<?xml"):
+        text = text.partition("?>")[2]
+    plugged = read_plugged(_as_guest(text))
+    if len(plugged) != 1:
+        raise BadInput("the file has no single <interface> or <hostdev>; see: virsh help attach-device")
+    return plugged[0].key, text, session.acquire(owner, _read_device(text), beside=True)
+
+
+def _read_device(xml: str) -> list[Fixed]:
+    """What a device that is plugged in takes."""
+    return [one for one in read_guest(_as_guest(xml)).requests if isinstance(one, Fixed)]
+
+
+def _as_guest(device: str) -> bytes:
+    return f"<domain><name>guest</name><devices>{device}</devices></domain>".encode()
+
+
+def _claim_words(
+    session: Session, args: Namespace, domain: Domain, owner: Owner
+) -> tuple[str, str, tuple[Grant, ...]]:
+    """Choose what the words ask for, and claim it; the alias, its XML, and what was claimed."""
+    if args.mode is None:
+        raise BadInput("attach needs a file, or --mode and --dev; see: vnet-lock attach --help")
+    there = {one.alias for one in _plugged(domain)}
+    alias = args.alias or next(
+        name for number in range(len(there) + 1) if (name := f"ua-net{number}") not in there
+    )
+    if alias in there:
+        raise BadInput(f'guest "{domain.name}" has an interface {alias} already; choose another --alias')
+    (intent,) = read_words(args)
+    assert isinstance(intent, Intent)  # noqa: S101 - words ask for nothing else
+    intent = replace(intent, interface=alias, mac=intent.mac or random_mac())
+
+    def take() -> tuple[str, str, tuple[Grant, ...]]:
+        form = choose_one(session, intent, owner) if args.form == "full" else ""
+        if isinstance(form, Form):
+            xml = write_interface(alias, replace(form, mac=intent.mac))
+            fixed = [replace(one, policy=intent.policy) for one in _read_device(xml)]
+            return alias, xml, session.acquire(owner, fixed, beside=True)
+        ifname = name_link(domain.name, alias)
+        late = replace(intent, ifname=ifname, backends=late_backends(intent))
+        grants = session.acquire(owner, [late], beside=True)
+        return alias, write_interface(alias, replace(made(ifname, intent.queues), mac=intent.mac)), grants
+
+    return _again(take)
+
+
+def _again(take: Callable[[], T]) -> T:
+    """What was free when it was planned may be another's when it is claimed: then plan anew."""
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(Refused):
+            return take()
+    return take()
+
+
+@contextmanager
+def _given_back(session: Session, grants: tuple[Grant, ...]) -> Iterator[None]:
+    """Give back what was claimed where libvirt refuses.
+
+    Not where its daemon was lost: it may have done what was asked. The claims live by this process then, and
+    by the guest if there is one.
+    """
+    from vnet_lock.front.libvirt_client import Disconnected
+
+    try:
+        yield
+    except Disconnected:
+        raise
+    except VnetLockError as error:
+        try:
+            session.give_back(grants)
+        except VnetLockError as failure:
+            raise VnetLockError(f"{error}; {failure}") from error
+        raise
+
+
+# --- who ------------------------------------------------------------------------------------------
+
+
+def _owner_in(settings: Settings, xml: bytes) -> Owner | None:
+    name, uuid = read_identity(xml)
+    return _owner_of(settings, name, uuid) if uuid else None
+
+
+def _owner_of(settings: Settings, name: str, uuid: str) -> Owner:
+    """The guest, which lives by this process as long as it has no QEMU."""
+    return read_owner(settings, name, uuid, os.getpid())
+
+
+def has_hook(settings: Settings) -> bool:
+    """Whether libvirt would call us at a guest's start and end."""
+    from vnet_lock.front.hooks_install import HookState, read_status
+
+    return any(file.state is HookState.INSTALLED for file in read_status(settings))
+
+
+def _require_hook(settings: Settings, forms: Mapping[str, Form | None]) -> None:
+    late = [alias for alias, form in forms.items() if form is None or form.kind == "ethernet"]
+    if late and not has_hook(settings):
+        raise Unsupported(
+            f"interface {late[0]}: libvirt's hook has to make it, which isn't there; run: vnet-lock hooks"
+            " install"
+        )
+
+
+def _require_startable(domain: Domain) -> None:
+    if domain.is_active:
+        raise VnetLockError(f'guest "{domain.name}" is running already')
+    if domain.has_saved_state:
+        raise VnetLockError(
+            f'guest "{domain.name}" was saved, and goes on with the devices that it had: virsh start'
+            f" {domain.name}; or drop what was saved: virsh managedsave-remove {domain.name}"
+        )
+
+
+def _connect(uri: str | None) -> Libvirt:
+    """Connect to a system daemon of this host: of others' devices, and of a user's, nothing is known here."""
+    from vnet_lock.front.libvirt_client import Libvirt
+
+    libvirt = Libvirt(uri)
+    parts = urlsplit(libvirt.uri)
+    is_local = not parts.netloc and parts.scheme.partition("+")[2] in ("", "unix")
+    if parts.scheme.startswith("qemu") and (not is_local or parts.path != "/system"):
+        libvirt.close()
+        raise Unsupported(f"{libvirt.uri}: only this host's own system daemon takes what is claimed here")
+    return libvirt
+
+
+# --- words ----------------------------------------------------------------------------------------
+
+
+def _plugged(domain: Domain) -> tuple[Plugged, ...]:
+    return read_plugged(domain.read_xml().encode())
+
+
+def _wait_until_gone(libvirt: Libvirt, domain: Domain, alias: str, timeout_s: float) -> None:
+    """Until libvirt has taken the device from the guest's XML, which it does after giving it back."""
+    from vnet_lock.front.libvirt_client import Happened
+
+    events = libvirt.events(timeout_s)
+    while any(one.alias == alias for one in _plugged(domain)):
+        event = next(events, None)
+        if event is None or (event.what is Happened.DEVICE_REMOVAL_FAILED and event.alias == alias):
+            raise VnetLockError(
+                f'guest "{domain.name}" hasn\'t let go of it in {timeout_s:g} s: it stays claimed; try again'
+            )
+
+
+@contextmanager
+def _about_interface(alias: str) -> Iterator[None]:
+    """Errors say which interface they are about."""
+    try:
+        yield
+    except VnetLockError as error:
+        if alias not in str(error):
+            error.args = (f"interface {alias}: {error}",)
+        raise
+
+
+@contextmanager
+def _naming(forms: Mapping[str, Form | None]) -> Iterator[None]:
+    """Errors that name a device say which interface has it."""
+    try:
+        yield
+    except VnetLockError as error:
+        for alias, form in forms.items():
+            if form and form.device and form.device in str(error) and alias not in str(error):
+                error.args = (f"interface {alias}: {error}",)
+                break
+        raise
+
+
+def _summary(forms: Mapping[str, Form | None]) -> str:
+    parts = [f"{alias} {form.kind} {form.device}".rstrip() for alias, form in forms.items() if form]
+    return ": " + ", ".join(parts) if parts else ""
+
+
+def _remark(found: Resolved) -> None:
+    for alias, reason in found.late.items():
+        if reason:
+            print(f"vnet-lock: interface {alias} is left to the hook: {reason}", file=sys.stderr)

@@ -1,0 +1,109 @@
+"""A guest's XML in its late or full form: planned as its start would be, and written anew. Claims nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from vnet_lock.combination import Backend
+from vnet_lock.domain_rewrite import Form, rewrite
+from vnet_lock.domain_xml import Wish, read_guest, read_wishes
+from vnet_lock.errors import Unsupported
+from vnet_lock.kernel import sysfs
+from vnet_lock.kernel.observe import read_inventory
+from vnet_lock.model import Assignment, Intent, Inventory, Owner, Plan, Refusal, Request
+from vnet_lock.planning import error_of
+from vnet_lock.resolving import full_form, full_intent, late_form
+from vnet_lock.settings import Settings
+
+# What the ifalias of a bridge of ours begins with.
+_OURS = "vnet-lock:"
+
+
+class Planner(Protocol):
+    """What resolving takes of a session."""
+
+    settings: Settings
+
+    def plan(self, requests: Iterable[Request], owner: Owner | None, beside: bool) -> Plan | Refusal: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A guest's XML as it is to be.
+
+    ``forms`` has each interface that was asked for by its alias, None for one that isn't in the XML before
+    the guest runs; ``late`` says of those that the hook makes why libvirt can't open them itself.
+    """
+
+    xml: bytes
+    forms: Mapping[str, Form | None]
+    late: Mapping[str, str]
+
+
+def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = True) -> Resolved:
+    """The guest with its interfaces chosen now (``full``), or left to the hook at each start.
+
+    Raises what speaks against it: BadInput, Refused, Unsupported.
+    """
+    guest, wishes = read_wishes(xml)
+    if full:
+        forms, late = _choose(planner, (*guest.requests,), wishes, owner)
+    else:
+        forms, late = {}, dict.fromkeys((wish.intent.interface for wish in wishes), "")
+    forms |= {
+        wish.intent.interface: late_form(wish, guest.name) for wish in wishes if wish.intent.interface in late
+    }
+    # In the user's order.
+    forms = {wish.intent.interface: forms[wish.intent.interface] for wish in wishes}
+    written = rewrite(xml, forms) if forms else xml
+    read_guest(written)  # the hook will: what it couldn't read is told now
+    return Resolved(written, forms, late)
+
+
+def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
+    """The form of one more interface of a guest, or why libvirt can't open it itself."""
+    intent = full_intent(Wish(intent, ""))
+    (assignment,) = _plan(planner, (intent,), owner, beside=True)
+    return _form(planner, assignment)
+
+
+def _choose(
+    planner: Planner, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
+) -> tuple[dict[str, Form | None], dict[str, str]]:
+    requests = (*others, *map(full_intent, wishes))
+    forms: dict[str, Form | None] = {}
+    late: dict[str, str] = {}
+    for assignment in _plan(planner, requests, owner, beside=False) if wishes else ():
+        if not isinstance(assignment.request, Intent):
+            continue
+        form = _form(planner, assignment)
+        if isinstance(form, Form):
+            forms[assignment.request.interface] = form
+        else:
+            late[assignment.request.interface] = form
+    return forms, late
+
+
+def _plan(
+    planner: Planner, requests: tuple[Request, ...], owner: Owner | None, *, beside: bool
+) -> tuple[Assignment, ...]:
+    found = planner.plan(requests, owner, beside)
+    if isinstance(found, Refusal):
+        raise error_of(found)
+    return found.assignments
+
+
+def _form(planner: Planner, assignment: Assignment) -> Form | str:
+    settings = planner.settings
+
+    def is_ours(bridge: str) -> bool:
+        return (sysfs.read_text(f"{settings.sys}/class/net/{bridge}/ifalias") or "").startswith(_OURS)
+
+    names = [item.resource.name for item in assignment.wanted]
+    inventory = read_inventory(settings, names) if names else Inventory()
+    form = full_form(assignment, inventory, is_ours)
+    if isinstance(form, str) and assignment.combination and assignment.combination.backend is Backend.VFIO:
+        raise Unsupported(f"interface {assignment.request.interface}: {form}")
+    return form
