@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import time
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import VNET_LOCK, Host, eventually
+from tests.kernel.host import VNET_LOCK, Host
+from tests.lab.machines import virsh
 
 UUID = "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a97"
 GUEST = """\
@@ -37,42 +37,21 @@ GUEST = """\
 """
 PORTS = "<controller type='pci' model='pcie-root-port'/>" * 5
 BROKEN = "<disk type='file'><source file='/nowhere'/><target dev='vda' bus='virtio'/></disk>"
-DIRECTORIES = ("/var/lib", "/var/log", "/var/cache", "/etc/libvirt")
-CONFIGURATION = {
-    "qemu.conf": 'user = "root"\ngroup = "root"\ncgroup_controllers = []\nsecurity_driver = "none"\n'
-    'stdio_handler = "file"\n',
-    "libvirtd.conf": 'auth_unix_rw = "none"\n',
-}
-
-
-def virsh(*words: str, check: bool = True) -> str:
-    argv = ["virsh", "-q", "-c", "qemu:///system", *words]
-    return subprocess.run(argv, check=check, capture_output=True, text=True, timeout=60).stdout.strip()
 
 
 def vnet_lock(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([VNET_LOCK, *words], capture_output=True, text=True, check=False, timeout=100)
 
 
+def dump(*words: str) -> str:
+    return virsh("dumpxml", "web1", *words).stdout
+
+
 @pytest.fixture
-def libvirtd(host: Host) -> Iterator[Host]:
-    """A host with a libvirtd that calls our hook; it sees nothing of the machine's own."""
-    for directory in DIRECTORIES:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "none", directory], check=True)
-    for directory in ("/run/libvirt", "/var/log/libvirt/qemu", "/var/cache/libvirt", "/etc/libvirt/hooks"):
-        os.makedirs(directory)
-    for name, text in CONFIGURATION.items():
-        Path("/etc/libvirt", name).write_text(text)
-    assert vnet_lock("hooks", "install").returncode == 0
-    with open("/var/log/libvirt/libvirtd.log", "wb") as log:
-        daemon = subprocess.Popen(["libvirtd"], stdout=log, stderr=log)
-    try:
-        eventually(lambda: "QEMU" in virsh("version", check=False), 90)
-        yield host
-    finally:
-        virsh("destroy", "web1", check=False)
-        daemon.terminate()
-        daemon.wait(60)
+def libvirtd(daemon: Host) -> Iterator[Host]:
+    """A host with libvirt's daemon and our hook; the guest doesn't outlive the test."""
+    yield daemon
+    virsh("destroy", "web1", check=False)
 
 
 @pytest.fixture
@@ -96,7 +75,7 @@ def is_as_before(host: Host) -> bool:
 def test_a_defined_guest_is_started_resolved_and_comes_back_to_its_definition(libvirtd: Host, write) -> None:
     done = vnet_lock("define", "--form", "late", write())
     assert done.stdout == 'guest "web1" is defined: ua-net0 ethernet web1-net0, ua-net1 ethernet web1-net1\n'
-    defined = virsh("dumpxml", "web1", "--inactive")
+    defined = dump("--inactive")
     done = vnet_lock("start", "web1")
     assert done.returncode == 0, done.stderr
     assert done.stdout == 'guest "web1" is started: ua-net0 bridge br0, ua-net1 ethernet web1-net1\n'
@@ -115,9 +94,9 @@ def test_a_defined_guest_is_started_resolved_and_comes_back_to_its_definition(li
     assert "ua-again" in done.stderr
     done = vnet_lock("attach", "web1", "--mode", "veb", "--port", "bridge", "--dev", "br0")
     assert done.returncode == 0, done.stderr
-    assert "<source bridge='br0'/>" in virsh("dumpxml", "web1")
+    assert "<source bridge='br0'/>" in dump()
     virsh("destroy", "web1")
-    assert virsh("dumpxml", "web1", "--inactive") == defined
+    assert dump("--inactive") == defined
     assert is_as_before(libvirtd)
 
 
@@ -125,7 +104,7 @@ def test_what_libvirt_refuses_leaves_no_claim_and_no_device(libvirtd: Host, writ
     done = vnet_lock("start", write(more=BROKEN))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "/nowhere" in done.stderr
-    assert virsh("list", "--all") == ""
+    assert virsh("list", "--all").stdout.strip() == ""
     assert is_as_before(libvirtd)
     # A saved guest goes on with the devices that it had.
     vnet_lock("define", write())
@@ -146,6 +125,6 @@ def test_a_start_that_is_killed_at_any_moment_leaves_nothing_without_a_guest(lib
         starting.wait(30)
         # libvirt does what it was asked to, if it was, and then ends it.
         virsh("destroy", "web1", check=False)
-        assert virsh("domstate", "web1") == "shut off"
+        assert virsh("domstate", "web1").stdout.strip() == "shut off"
         assert vnet_lock("gc").returncode == 0
         assert is_as_before(libvirtd), after_s

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ from tests.lab.contenders import (
     status,
     vnet_lock,
 )
-from tests.lab.daemons import AUTOSTARTED, LIBVIRTD, killed_at, split
+from tests.lab.daemons import AUTOSTARTED, HOOKS, LIBVIRTD, killed_at, split
 from tests.lab.machines import Guests, virsh
 from tests.lab.nic import Function, Nic, wait_until
 
@@ -158,9 +161,10 @@ def test_split_daemons_protect_what_guests_and_networks_have(
         f"<network><name>lab-pool</name><forward mode='hostdev' managed='yes'><pf dev='{lab.pf}'/>"
         "</forward></network>"
     )
-    with split() as qemu:
-        virsh("net-define", str(path))
-        virsh("net-start", "lab-pool")
+    networks = "-c", "network:///system"
+    with split() as (qemu, network):
+        virsh(*networks, "net-define", str(path))
+        virsh(*networks, "net-start", "lab-pool")
         try:
             pooled = guests.libvirt(
                 "pooled", "<interface type='network'><source network='lab-pool'/></interface>"
@@ -168,10 +172,10 @@ def test_split_daemons_protect_what_guests_and_networks_have(
             fixed = guests.libvirt("fixed", hostdev_xml(vfs[1], "52:54:00:00:0a:01"))
             assert [owner_of(vf) for vf in vfs] == ["pooled", "fixed"]
             pids = pooled.pid, fixed.pid
-            # The daemon that calls the qemu hook is the one for QEMU.
-            assert '"pooled"' in try_to_take(guests, vfs[0])
-            qemu.end(signal.SIGKILL)
-            qemu.begin()
+            assert 'guest "pooled"' in try_to_take(guests, vfs[0])
+            for daemon in (network, qemu):
+                daemon.end(signal.SIGKILL)
+                daemon.begin()
             assert (pooled.state, fixed.state) == ("running", "running")
             assert (pooled.pid, fixed.pid) == pids
             assert vnet_lock("gc").stdout == "nothing is stale\n"
@@ -181,11 +185,26 @@ def test_split_daemons_protect_what_guests_and_networks_have(
                 made.destroy()
             assert not os.listdir(CLAIMS)
         finally:
-            virsh("net-destroy", "lab-pool", check=False)
-            virsh("net-undefine", "lab-pool", check=False)
+            virsh(*networks, "net-destroy", "lab-pool", check=False)
+            virsh(*networks, "net-undefine", "lab-pool", check=False)
 
 
 USER = 65534
+
+
+@pytest.fixture
+def readable_hook(tmp_path: Path) -> Iterator[None]:
+    """The hook with an interpreter and libraries that any user can read, as an installed one has them."""
+    library = tmp_path / "lib"
+    for name in ("vnet_lock", "filelock"):
+        origin = find_spec(name).origin  # type: ignore[union-attr]
+        shutil.copytree(Path(str(origin)).parent, library / name)
+    hook = HOOKS / "50-vnet-lock"
+    text = hook.read_text()
+    changed = re.sub("(?m)^python=.*", "python=/usr/bin/python3", text, count=1)
+    hook.write_text(re.sub("(?m)^path=.*", f"path={library}", changed, count=1))
+    yield
+    hook.write_text(text)
 
 
 @pytest.fixture
@@ -216,6 +235,7 @@ def session_virsh(tmp_path: Path) -> Iterator[Callable[..., subprocess.Completed
             continue
 
 
+@pytest.mark.usefixtures("readable_hook")
 def test_a_users_own_daemon_starts_his_guests_and_takes_nothing_from_others(
     lab: Nic, guests: Guests, session_virsh: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -39,6 +39,8 @@ LOST = 125
 MEMORY_MB = 2750
 # vng mounts a tmpfs over these.
 _HIDDEN = ("/var/tmp", "/var/log", "/run", "/dev/shm")
+# No router there gives out addresses: a host's are its tests'.
+CABLE = "user,ipv6=off"
 # What a boot and the collecting of logs may take beside the command itself.
 BOOT_S = 150
 DEFAULT_DEADLINE_S = 1800
@@ -67,7 +69,7 @@ class Vm:
     environment: dict[str, str] = field(default_factory=dict)
     cpus: int = 2
     # The other end of the NIC's cable, as QEMU's -netdev without its id.
-    cable: str = "user"
+    cable: str = CABLE
     # What older.unpack() returns, to run that libvirt.
     older: Path | None = None
     vng: str = f"{sys.prefix}/bin/vng"
@@ -101,7 +103,7 @@ class Vm:
             f"--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev {self.cable},id=cable",
             # A NIC without SR-IOV, for a guest that takes a whole one.
             "--qemu-opts=-device pcie-root-port,id=rp1,chassis=2,slot=2",
-            "--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev user,id=plain",
+            f"--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev {CABLE},id=plain",
             # The root once more, for the inside script to mount with a cache: vng's own has none.
             "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
             "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",
@@ -281,7 +283,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE_S, metavar="SECONDS")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: a new one below .lab/results")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--cable", default="user", help="QEMU's -netdev at the other end of the NIC")
+    parser.add_argument("--cable", default=CABLE, help="QEMU's -netdev at the other end of the NIC")
     parser.add_argument("--older", action="store_true", help="with the release's own libvirt, see older.py")
     parser.add_argument("--shell", action="store_true", help="an interactive shell in the VM")
     parser.add_argument("command", nargs="*")

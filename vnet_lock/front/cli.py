@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--dry-run", action="store_true", help="only say which")
     _add_json(verb)
 
+    verb = add("doctor", "check the installation: configuration, hooks, daemons, confinement, kernel")
+    _add_json(verb)
+
     verb = add("reap", "heal claims whose owner is dead, once, or as soon as it is")
     verb.add_argument("--follow", action="store_true", help="go on until SIGTERM: one process for a host")
 
@@ -169,6 +172,7 @@ def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
 def _add_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mode", help=f"the policy: {', '.join(Policy)} (bridge is veb)")
     verb.add_argument("--dev", action="append", help="a network device or PCI address; several in order")
+    verb.add_argument("--pool", metavar="NAME", help="VFs of this pool, in the place of --dev")
     verb.add_argument("--port", help=f"the kernel implementation: {', '.join(Port)}")
     verb.add_argument("--protocols", metavar="A:B:C", help="of tap, socket, vhost, vfio, user, in order")
     verb.add_argument("--vlan", help="a VLAN, 1 to 4094")

@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from vnet_lock.model import Owner, Plan, Refusal, Request
     from vnet_lock.session import Grant
 
-# libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
-# is given up and undone; what isn't undone within the second is left to the claim's journal. A prepare takes
-# a tenth of a second; on a host under full emulation and load 30 s were seen.
-DEADLINE_S = 40
+# What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
 # Of the qemu hook and of the network hook.
@@ -42,7 +39,10 @@ class Guards(Protocol):
     def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Have processes of ours serve a guest where its QEMU looks for sockets."""
+
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> object:
         """Claim what libvirt has set up for a guest already."""
 
     def hand_over(self, old: Owner, new: Owner) -> None:
@@ -94,7 +94,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report)
+    arm_deadline(operation, report, read_deadline_s(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -141,7 +141,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         return
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
-    from vnet_lock.model import Fixed, Intent
+    from vnet_lock.model import Fixed
 
     if call.operation in ("stopped", "release"):
         # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
@@ -167,13 +167,22 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
-        grants = session.acquire(owner, requests)
-        if any(isinstance(one, Intent) and one.hotplug for one in requests):
-            from vnet_lock.front import companion  # 1 ms
-
-            companion.start_all(call.settings, owner, grants)
+        _prepare(session, owner, requests, call.settings)
     else:
-        session.adopt(owner, requests)
+        session.adopt(owner, requests, running=call.operation == "reconnect")
+
+
+def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
+    """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
+    from vnet_lock.model import Intent
+
+    grants = session.acquire(owner, requests)
+    if any(isinstance(one, Intent) and one.socket for one in requests):
+        session.serve(grants)
+    if any(isinstance(one, Intent) and one.hotplug for one in requests):
+        from vnet_lock.front import companion  # 1 ms
+
+        companion.start_all(settings, owner, grants)
 
 
 def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
@@ -204,7 +213,16 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def arm_deadline(operation: str, report: Report, deadline_s: int = DEADLINE_S, undo_s: int = UNDO_S) -> None:
+def read_deadline_s(settings: Settings) -> int:
+    """When a hook is to give up, as the host's configuration has it."""
+    if os.path.lexists(settings.config_path):
+        from vnet_lock.config import tuned  # 10 ms, for who has a file
+
+        settings = tuned(settings)
+    return max(1, int(settings.hook_s))
+
+
+def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = UNDO_S) -> None:
     """Raise DeadlinePassed in whatever runs after ``deadline_s``; end the process ``undo_s`` after that.
 
     Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut

@@ -11,7 +11,7 @@ import signal
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from vnet_lock.errors import VnetLockError
-from vnet_lock.front.hook import Outlets, TooLate, answer_with, arm_deadline
+from vnet_lock.front.hook import Outlets, TooLate, answer_with, arm_deadline, read_deadline_s
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     settings = Settings.under(root)
     xml = stdin.read()
     report = Outlets()
-    arm_deadline(operation, report)
+    arm_deadline(operation, report, read_deadline_s(settings))
 
     def body() -> None:
         if os.geteuid() == 0:  # a user's own daemon has no devices to give out, and we couldn't claim them

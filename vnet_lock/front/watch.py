@@ -138,7 +138,7 @@ class Watch:
     def _claim(self, owner: Owner, request: Fixed) -> str:
         """Claim a device that the guest has; what is wrong, empty where nothing is."""
         try:
-            for resource in self._session.adopt(owner, [request]):
+            for resource in self._session.adopt(owner, [request], running=True):
                 print(f"{resource} is claimed for {owner.text}, which has it", flush=True)
         except VnetLockError as error:
             return f"conflict: {owner.text} has {request.device}, but {error}; unplug it from one of them"
