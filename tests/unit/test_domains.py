@@ -145,6 +145,16 @@ def test_an_interface_that_only_the_metadata_has_is_written(run, write):
     assert "<mac address='52:54:00:00:00:02'/>" in out
 
 
+def test_a_vf_comes_from_the_pool_that_is_asked_for(host, run, write):
+    path = Path(host.settings.config_path)
+    path.parent.mkdir(parents=True)
+    path.write_text('[pools.a]\npf = ["eth0"]\nvfs = "2"\n')
+    code, out, err = run("resolve", write(ON_VF.replace('dev="eth0"', 'pool="a"')))
+    assert (code, err) == (0, "")
+    assert "slot='0x10' function='0x4'" in out
+    assert 'pool="a"' in out
+
+
 def test_two_interfaces_never_get_one_vf(run, write):
     words = '<vnet:interface alias="ua-vf{}" policy="veb" dev="eth0" backends="vfio"/>'
     code, out, _ = run("resolve", write(ON_VF, words.format(1), words.format(2)))
