@@ -35,7 +35,7 @@ GUEST = """\
   </devices>
 </domain>
 """
-PORTS = "<controller type='pci' model='pcie-root-port'/>" * 5
+PORTS = "<controller type='pci' model='pcie-root-port'/>" * 7
 BROKEN = "<disk type='file'><source file='/nowhere'/><target dev='vda' bus='virtio'/></disk>"
 
 
@@ -95,6 +95,19 @@ def test_a_defined_guest_is_started_resolved_and_comes_back_to_its_definition(li
     done = vnet_lock("attach", "web1", "--mode", "veb", "--port", "bridge", "--dev", "br0")
     assert done.returncode == 0, done.stderr
     assert "<source bridge='br0'/>" in dump()
+    device = Path("/run/device.xml")
+    device.write_text(
+        "<interface type='direct'><source dev='up0' mode='vepa'/><model type='virtio'/>"
+        "<alias name='ua-file'/></interface>"
+    )
+    for words in (("--mode", "private", "--dev", "up0", "--alias", "ua-macvtap"), (str(device),)):
+        done = vnet_lock("attach", "web1", *words)
+        assert done.returncode == 0, done.stderr
+    modes = {link["linkinfo"]["info_data"]["mode"] for link in libvirtd.macvtaps()}
+    assert modes == {"private", "vepa"}
+    claimed = {claim["interface"]: claim["combination"] for claim in libvirtd.claims()}
+    assert claimed["ua-macvtap"] == "private-macvlan-tap"
+    assert claimed["ua-file"] == "vepa-macvlan-tap"
     virsh("destroy", "web1")
     assert dump("--inactive") == defined
     assert is_as_before(libvirtd)
