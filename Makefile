@@ -40,7 +40,7 @@ test-unit: setup
 # Root makes the namespaces; nothing that it writes stays in a checkout that isn't root's, so the image of the
 # guests is built before.
 test-kernel: setup
-	@$(PYTHON) -c 'from tests.lab import image; image.build()'
+	@$(PYTHON) -c 'from tests.lab import image, older; image.build(); older.is_offered() and older.unpack()'
 	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" COLUMNS="$$COLUMNS" PYTHONDONTWRITEBYTECODE=1 \
 		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
 

@@ -16,12 +16,10 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import VNET_LOCK, Host
-from tests.lab.daemons import LIBVIRTD
+from tests.kernel.host import Host
 
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
@@ -111,34 +109,6 @@ def host(ip: Callable[[str], str], macvtap_works: None) -> Host:
     for link in ("up0", "peer0", "br0"):
         ip(f"link set {link} up")
     return Host()
-
-
-FOLDERS = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
-CONFIGURATION = {
-    "qemu.conf": 'security_driver = "none"\nuser = "root"\ngroup = "root"\ncgroup_controllers = []\n'
-    'stdio_handler = "file"\n',
-    "libvirtd.conf": 'auth_unix_ro = "none"\nauth_unix_rw = "none"\n',
-}
-
-
-@pytest.fixture
-def daemon(host: Host) -> Iterator[Host]:
-    """A host with libvirt's daemon, which calls our hook and sees nothing of the machine's own."""
-    need(shutil.which("libvirtd"), "libvirtd")
-    for folder in FOLDERS:
-        os.makedirs(folder, exist_ok=True)
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=755", "libvirt", folder], check=True)
-    for name in ("/etc/libvirt/hooks", "/etc/libvirt/qemu", "/var/log/libvirt/qemu", "/run/libvirt"):
-        os.mkdir(name)
-    for name, text in CONFIGURATION.items():
-        Path("/etc/libvirt", name).write_text(text)
-    subprocess.run([VNET_LOCK, "hooks", "install"], check=True, capture_output=True)
-    LIBVIRTD.begin()
-    try:
-        yield host
-    finally:
-        if LIBVIRTD.is_alive:
-            LIBVIRTD.end()
 
 
 def _enter(namespace: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel import test_libvirtd
 from tests.kernel.host import VNET_LOCK, Host
 from tests.lab.machines import virsh
 
@@ -47,10 +48,14 @@ def dump(*words: str) -> str:
     return virsh("dumpxml", "web1", *words).stdout
 
 
-@pytest.fixture
-def libvirtd(daemon: Host) -> Iterator[Host]:
-    """A host with libvirt's daemon and our hook; the guest doesn't outlive the test."""
-    yield daemon
+# With another guest's definition, in the libvirt of this release, and an older one where it is offered.
+libvirtd = test_libvirtd.libvirtd
+
+
+@pytest.fixture(autouse=True)
+def _ended(libvirtd: Host) -> Iterator[None]:
+    """The guest doesn't outlive its test."""
+    yield
     virsh("destroy", "web1", check=False)
 
 
@@ -117,7 +122,7 @@ def test_what_libvirt_refuses_leaves_no_claim_and_no_device(libvirtd: Host, writ
     done = vnet_lock("start", write(more=BROKEN))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     assert "/nowhere" in done.stderr
-    assert virsh("list", "--all").stdout.strip() == ""
+    assert virsh("domstate", "web1", check=False).returncode != 0
     assert is_as_before(libvirtd)
     # A saved guest goes on with the devices that it had.
     vnet_lock("define", write())

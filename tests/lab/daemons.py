@@ -58,6 +58,15 @@ class Daemon:
 LIBVIRTD = Daemon()
 
 
+def cannot_read_status(guest: str) -> bool:
+    """Whether the daemon can't read the status file of a guest: 9.0 can't where it was killed in `stopped`.
+
+    Then it gives back nothing of what the guest had, and leaves the file there until the guest's next start.
+    """
+    log = Path("/var/log/libvirt/libvirtd.log").read_text()
+    return f"Failed to load config for domain '{guest}'" in log
+
+
 def newer() -> Daemon | None:
     """The libvirtd that this machine has, where the lab runs an older one."""
     usr = os.environ.get("VNET_LAB_NEWER")
