@@ -157,11 +157,8 @@ def test_a_start_that_is_killed_leaves_no_claim_without_a_guest(lab: Nic, guests
     wait_until(lambda: os.path.isdir(CLAIMS) and os.listdir(CLAIMS), "the VF is claimed")
     starting.send_signal(signal.SIGKILL)
     starting.wait(30)
-    # libvirt goes on with what it was asked, if it was.
-    virsh("domstate", made.uuid)
-    if made.state == "running":
-        assert owner_of(lab.vfs[0]) == "killed"
-        made.destroy()
+    # libvirt does what it was asked to, if it was, and then ends it.
+    made.destroy(check=False)
     assert vnet_lock("gc").returncode == 0
     nothing_is_left(lab, before)
 

@@ -145,6 +145,16 @@ def test_an_interface_that_only_the_metadata_has_is_written(run, write):
     assert "<mac address='52:54:00:00:00:02'/>" in out
 
 
+def test_a_vf_comes_from_the_pool_that_is_asked_for(host, run, write):
+    path = Path(host.settings.config_path)
+    path.parent.mkdir(parents=True)
+    path.write_text('[pools.a]\npf = ["eth0"]\nvfs = "2"\n')
+    code, out, err = run("resolve", write(ON_VF.replace('dev="eth0"', 'pool="a"')))
+    assert (code, err) == (0, "")
+    assert "slot='0x10' function='0x4'" in out
+    assert 'pool="a"' in out
+
+
 def test_two_interfaces_never_get_one_vf(run, write):
     words = '<vnet:interface alias="ua-vf{}" policy="veb" dev="eth0" backends="vfio"/>'
     code, out, _ = run("resolve", write(ON_VF, words.format(1), words.format(2)))
@@ -177,6 +187,13 @@ def test_an_intent_that_cannot_be_had_is_refused(run, write, intent, code, said)
     assert found[:2] == (code, "")
     assert "ua-net0" in found[2]
     assert said in found[2]
+
+
+def test_a_file_that_is_no_utf_8_is_bad_input(run, tmp_path, libvirt):
+    path = tmp_path / "odd.xml"
+    path.write_bytes(b"<?xml version='1.0' encoding='latin1'?><domain><name>\xe4</name></domain>")
+    code, _, err = run("define", "-c", URI, str(path))
+    assert (code, "iconv" in err) == (2, True)
 
 
 def test_a_file_that_is_no_guest_is_bad_input(run, tmp_path):
@@ -363,6 +380,19 @@ def test_attaching_a_device_of_a_file_claims_it_before(host, plug, guest, tmp_pa
         0, 'interface 52:54:00:00:00:09 is attached to guest "web1": VF 0000:01:10.2\n',
     )  # fmt: skip
     assert guest.devices[1:] == [text.format(2).partition("?>")[2]]
+
+
+def test_a_vf_is_teamed_with_an_interface_of_the_guest(host, plug, guest):
+    guest.devices.append(
+        "<interface type='user'><mac address='52:54:00:00:00:AB'/><alias name='ua-s'/></interface>"
+    )
+    code, _, err = plug("attach", "web1", *WORDS, "--teaming", "ua-s")
+    assert (code, err) == (0, "")
+    assert "<teaming type='transient' persistent='ua-s'/>" in guest.devices[-1]
+    assert "<mac address='52:54:00:00:00:ab'/>" in guest.devices[-1]
+    assert claims(host)[0].mac == "52:54:00:00:00:ab"
+    assert plug("attach", "web1", *WORDS, "--teaming", "ua-none")[0] == 2
+    assert plug("attach", "web1", *WORDS[:-1], "tap", "--teaming", "ua-s")[0] == 2
 
 
 @pytest.mark.parametrize("text", ["", "<interface/><interface/>", "<disk/>", "<interface"])

@@ -143,6 +143,9 @@ def _add_libvirt_verbs(add: _Verbs) -> None:
     )
     _add_words(verb)
     verb.add_argument("--alias", type=_alias, help="what it is called, ua-net1 say (default: the next free)")
+    verb.add_argument(
+        "--teaming", type=_alias, metavar="ALIAS", help="the interface that stands by for the VF"
+    )
     _add_form(verb)
     _add_connect(verb)
 

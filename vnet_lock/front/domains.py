@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from vnet_lock.combination import Backend
 from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
 from vnet_lock.domain_xml import Plugged, read_guest, read_identity, read_plugged
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
@@ -57,7 +58,7 @@ def define(settings: Settings, args: Namespace, connect: Connect | None = None) 
     with (connect or _connect)(args.connect) as libvirt:
         found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
         with _naming(found.forms):
-            domain = libvirt.define(found.xml.decode())
+            domain = libvirt.define(_text(found.xml))
     _remark(found)
     print(f'guest "{domain.name}" is defined{_summary(found.forms)}')
     return 0
@@ -80,7 +81,7 @@ def start(settings: Settings, args: Namespace, connect: Connect | None = None) -
             if domain is not None and found.xml == xml:
                 domain.start(args.paused)
             else:
-                domain = libvirt.create(with_uuid(found.xml, str(owner.uuid)).decode(), args.paused)
+                domain = libvirt.create(_text(with_uuid(found.xml, str(owner.uuid))), args.paused)
     _remark(found)
     print(f'guest "{domain.name}" is started{_summary(found.forms)}')
     return 0
@@ -154,7 +155,7 @@ def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[R
 
 def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
     """Claim what a device that is written already names; its key, its XML, and what was claimed."""
-    text = xml.decode()
+    text = _text(xml)
     if text.lstrip().startswith("<?xml"):
         text = text.partition("?>")[2]
     plugged = read_plugged(_as_guest(text))
@@ -186,7 +187,10 @@ def _claim_words(
         raise BadInput(f'guest "{domain.name}" has an interface {alias} already; choose another --alias')
     (intent,) = read_words(args)
     assert isinstance(intent, Intent)  # noqa: S101 - words ask for nothing else
-    intent = replace(intent, interface=alias, mac=intent.mac or random_mac())
+    mac = _mac_of(domain, args.teaming) if args.teaming else intent.mac or random_mac()
+    intent = replace(intent, interface=alias, mac=mac, teaming=args.teaming or "")
+    if intent.teaming and (intent.backends != (Backend.VFIO,) or args.form != "full"):
+        raise BadInput("--teaming is for a VF that the guest has itself: add --protocols=vfio")
 
     def take() -> tuple[str, str, tuple[Grant, ...]]:
         form = choose_one(session, intent, owner) if args.form == "full" else ""
@@ -288,6 +292,21 @@ def _connect(uri: str | None) -> Libvirt:
 
 def _plugged(domain: Domain) -> tuple[Plugged, ...]:
     return read_plugged(domain.read_xml().encode())
+
+
+def _mac_of(domain: Domain, alias: str) -> str:
+    """The MAC address of an interface, which what is teamed with it has, too."""
+    for one in _plugged(domain):
+        if one.alias == alias and one.mac:
+            return one.mac
+    raise BadInput(f'guest "{domain.name}" has no interface {alias}; see: virsh dumpxml {domain.name}')
+
+
+def _text(xml: bytes) -> str:
+    try:
+        return xml.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput("the XML isn't UTF-8; convert it first: iconv -t UTF-8") from error
 
 
 def _wait_until_gone(libvirt: Libvirt, domain: Domain, alias: str, timeout_s: float) -> None:
