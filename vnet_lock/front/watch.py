@@ -35,7 +35,7 @@ class Guards(Protocol):
 
     table: ClaimTable
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> list[str]:
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what a guest has."""
 
     def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
