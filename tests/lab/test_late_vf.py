@@ -96,7 +96,8 @@ def test_a_teamed_vf_is_plugged_in_at_a_plain_start_and_the_guest_fails_over(
     )
     made = guests.libvirt("teamed", PORTS + STANDBY, metadata=wish, ip="10.7.0.2/24", ping=HOST)
     assert owner_of(vf) == "teamed"
-    other = guests.libvirt("other", PORTS + STANDBY.replace("late", "more"), metadata=wish, start=False)
+    standby = STANDBY.replace("late", "more").replace("08:01", "08:03")
+    other = guests.libvirt("other", PORTS + standby, metadata=wish, start=False)
     refused = other.start(check=False)
     assert refused.returncode != 0
     assert f'VF {vf.pci} is held by guest "teamed"' in refused.stderr
