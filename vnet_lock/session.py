@@ -649,6 +649,8 @@ class Session:
         for token in dict.fromkeys(claim.token for claim in claims.of(owner) if claim.resource in wanted):
             for claim in claims.with_token(token):
                 if claim.worker and processes.is_alive(self.settings, claim.worker):
+                    if claim.state is State.RESERVED:
+                        continue  # who plugs it in makes it the owner's
                     raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
                 if claim.owner != owner or claim.state is not State.ACTIVE:
                     writer.replace(replace(claim, owner=owner, state=State.ACTIVE, worker=None))

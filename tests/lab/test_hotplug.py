@@ -30,7 +30,11 @@ def looks(nic: Nic, index: int) -> dict[str, object]:
 
 
 def network_xml(name: str, mac: str) -> str:
-    return f"<interface type='network'><mac address='{mac}'/><source network='{name}'/></interface>"
+    # Without a model it would be one that no port of PCI Express takes.
+    return (
+        f"<interface type='network'><mac address='{mac}'/><source network='{name}'/><model type='virtio'/>"
+        "</interface>"
+    )
 
 
 def shares(nic: Nic) -> int:

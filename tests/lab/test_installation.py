@@ -158,11 +158,13 @@ def confined() -> Iterator[None]:
 
 
 def use_python(program: str) -> None:
-    """Let the hook run another interpreter."""
+    """Let the hook run another interpreter; libvirt knows of it since when it did before."""
+    before = HOOK.stat().st_mtime_ns
     lines = HOOK.read_text().splitlines(keepends=True)
     HOOK.write_text(
         "".join(f"python='{program}'\n" if line.startswith("python=") else line for line in lines)
     )
+    os.utime(HOOK, ns=(before, before))
 
 
 @pytest.mark.usefixtures("hook")
@@ -202,7 +204,7 @@ def test_under_apparmor_the_hook_works_with_the_distributions_python_and_no_othe
             )
         ]
         assert found["hooks"][0][0] == "ok"
-        assert code == 0
+        assert code == 0, found
         code, found = check_with(other)
         assert code == 3
         assert f"AppArmor may keep libvirt from running {other}" in found["confinement"][0][1]

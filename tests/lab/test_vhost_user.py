@@ -243,7 +243,8 @@ def test_a_libvirt_guest_has_it_from_its_hook(guests: Guests, hook: None) -> Non
         wait_until(lambda: made.console.ask(carrier)["exit"] == "0", "QEMU came back")
         assert made.console.ask(f"ping {ADDRESS}")["ping"] == "3/3"
         assert monitor in back_ends()
-        second = guests.libvirt("second", SERVED, metadata=WISH, shares_memory=True, start=False)
+        other = SERVED.replace("09:02", "09:03")
+        second = guests.libvirt("second", other, metadata=WISH, shares_memory=True, start=False)
         refused = second.start(check=False)
         assert "/run/vnet-lock/served-net0.sock is the socket of" in refused.stderr
         assert made.console.ask(f"ping {ADDRESS}")["ping"] == "3/3"
