@@ -48,8 +48,9 @@ def dump(*words: str) -> str:
     return virsh("dumpxml", "web1", *words).stdout
 
 
-# With another guest's definition, in the libvirt of this release, and an older one where it is offered.
+# Our libvirt-python is built for the libvirt that is installed, and for no older one.
 libvirtd = test_libvirtd.libvirtd
+pytestmark = pytest.mark.parametrize("libvirtd", ["installed"], indirect=True)
 
 
 @pytest.fixture(autouse=True)

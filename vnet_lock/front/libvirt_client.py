@@ -17,9 +17,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
-import libvirt
-
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
+
+try:
+    import libvirt
+except ImportError as error:  # built for a later libvirt than this host's
+    raise Unsupported(
+        f"libvirt-python does not load ({error}); build it here: pip install --force-reinstall libvirt-python"
+    ) from error
 
 DEFAULT_URI = "qemu:///system"
 
