@@ -22,7 +22,7 @@ from tests.lab import guest
 from tests.lab.nic import wait_until
 
 # A nested guest boots in 12 s on a quiet machine; a busy one takes many times that.
-READY_S = 180
+READY_S = 400
 VIRSH_S = 180
 VNET_LOCK = str(Path(sys.executable).with_name("vnet-lock"))
 

@@ -22,7 +22,7 @@ OF_THE_LINK = ("ifindex", "operstate", "flags", "mac")
 UUID = "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a99"
 MAC = "52:54:00:00:09:01"
 # A q35 machine has no free port of its own to plug something in.
-PORTS = "<controller type='pci' model='pcie-root-port'/>" * 2
+PORTS = "<controller type='pci' model='pcie-root'/>" + "<controller type='pci' model='pcie-root-port'/>" * 3
 
 
 def late(name: str) -> str:

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     """Run one command and return its exit code."""
 
     def run() -> int:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         module = import_module("vnet_lock.front." + ("domains" if args.verb in _OF_LIBVIRT else "verbs"))
         perform: Callable[[Settings, argparse.Namespace], int] = getattr(module, args.verb)
         return perform(settings, args)
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     return serve("vnet-lock", run)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's words."""
     parser = _Parser(
         prog="vnet-lock",
         description="Who uses which SR-IOV virtual function, and that no two guests use the same.",

@@ -7,6 +7,7 @@ live by the lock on libvirt's pid file. So nothing is left where libvirt refuses
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +20,11 @@ from uuid import uuid4
 from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
 from vnet_lock.domain_xml import Plugged, read_guest, read_identity, read_plugged
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
+from vnet_lock.front.libvirt_guest import read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
-from vnet_lock.kernel import processes
-from vnet_lock.model import Fixed, Intent, Owner, OwnerKind, Process
+from vnet_lock.model import Fixed, Intent, Owner
 from vnet_lock.planning import name_of
 from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.resolving import late_backends, name_link
@@ -32,6 +33,8 @@ from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
+
+    Connect = Callable[[str | None], Libvirt]
 
 T = TypeVar("T")
 
@@ -48,10 +51,10 @@ def resolve(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def define(settings: Settings, args: Namespace) -> int:
+def define(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Define the guest as ``resolve`` writes it; a definition claims nothing."""
     xml = read_file(args.guest)
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
         with _naming(found.forms):
             domain = libvirt.define(found.xml.decode())
@@ -60,9 +63,9 @@ def define(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def start(settings: Settings, args: Namespace) -> int:
+def start(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Start a guest, defined or of a file, with what is free now; its definition stays as it is."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         is_file = args.guest == "-" or args.guest.endswith(".xml") or "/" in args.guest
         domain = None if is_file else libvirt.find(args.guest)
         if domain is not None:
@@ -83,9 +86,9 @@ def start(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def attach(settings: Settings, args: Namespace) -> int:
+def attach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Plug an interface into a running guest: one of a file, or one that is chosen."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         if not domain.is_active:
             raise VnetLockError(
@@ -100,7 +103,7 @@ def attach(settings: Settings, args: Namespace) -> int:
         session.activate(grants)
         with _given_back(session, grants), _about_interface(alias):
             domain.attach(xml)
-        daemon = _daemon(settings)
+        daemon = read_daemon(settings)
         if daemon is not None and has_hook(settings):
             # From its end until libvirt has given all back the guest lives by its daemon.
             session.hand_over(owner, replace(owner, process=daemon))
@@ -109,9 +112,9 @@ def attach(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def detach(settings: Settings, args: Namespace) -> int:
+def detach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Unplug an interface, by its alias or MAC; what it had is given back once the guest has let go of it."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         session = Session(settings)
         owner = _owner_of(settings, domain.name, domain.uuid)
@@ -238,20 +241,7 @@ def _owner_in(settings: Settings, xml: bytes) -> Owner | None:
 
 def _owner_of(settings: Settings, name: str, uuid: str) -> Owner:
     """The guest, which lives by this process as long as it has no QEMU."""
-    return Owner(
-        kind=OwnerKind.LIBVIRT,
-        name=name,
-        boot_id=processes.read_boot_id(settings),
-        uuid=uuid,
-        process=processes.this_process(settings),
-        pid_file=f"{settings.libvirt_run}/qemu/{name}.pid",
-    )
-
-
-def _daemon(settings: Settings) -> Process | None:
-    """The daemon with libvirt's QEMU driver, by the lock that it holds (qemuStateInitialize)."""
-    pid = processes.read_lock_holder(f"{settings.libvirt_run}/qemu/driver.pid")
-    return processes.read_process(settings, pid) if pid and pid > 0 else None
+    return read_owner(settings, name, uuid, os.getpid())
 
 
 def has_hook(settings: Settings) -> bool:

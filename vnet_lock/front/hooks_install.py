@@ -21,7 +21,7 @@ NAME = "50-vnet-lock"
 # The shims have it in their second line; it tells our files from others'.
 _MARKER = "# vnet-lock hook shim"
 # What the hook's Python loads; it runs without site, so it is told where they are.
-_LIBRARIES = ("vnet_lock", "lxml", "filelock", "pyroute2", "libvirt")
+_LIBRARIES = ("vnet_lock", "filelock", "pyroute2", "libvirt")
 # Where AppArmor's profile of libvirtd lets a hook run programs.
 _CONFINED_TO = ("/usr/bin/", "/usr/sbin/")
 
