@@ -31,6 +31,8 @@ class Settings:
     guard_wait_s: float = 5.0
     pf_wait_s: float = 20.0
     host_wait_s: float = 20.0
+    # How long what was chosen for a guest that comes from elsewhere is kept for its start.
+    reservation_s: float = 60.0
 
     @classmethod
     def under(cls, root: Path | str) -> Settings:
