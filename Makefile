@@ -10,6 +10,8 @@ VM := $(PYTHON) -m tests.lab.vm
 LAB_DEADLINE_S := 7200
 DEMO_DEADLINE_S := 2400
 ARGS :=
+# So wide that a failed test's reason stands beside its name at the end.
+export COLUMNS := 250
 
 .PHONY: help setup test $(RINGS) test-lab-datapath test-lab-life test-lab-older lab-shell demo bench bench-datapath
 .PHONY: bench-start lint clean
@@ -38,12 +40,13 @@ test-unit: setup
 # Root makes the namespaces; nothing that it writes stays in a checkout that isn't root's, so the image of the
 # guests is built before.
 test-kernel: setup
-	@$(PYTHON) -c 'from tests.lab import image; image.build()'
-	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" PYTHONDONTWRITEBYTECODE=1 \
+	@$(PYTHON) -c 'from tests.lab import image, older; image.build(); older.is_offered() and older.unpack()'
+	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" COLUMNS="$$COLUMNS" PYTHONDONTWRITEBYTECODE=1 \
 		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
 
 # Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; with ARGS one has it all.
-IN_LAB = $(VM) $(LIBVIRT) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" -- sh -c \
+IN_LAB = $(VM) $(LIBVIRT) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
+	--env COLUMNS="$$COLUMNS" -- sh -c \
 	'exec python -m pytest -p no:cacheprovider -v --durations=10 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
 LAB_DATAPATH := $(addprefix tests/lab/test_,$(addsuffix .py,combinations combinations_vf policy routed socket vhost_queues vhost_user vlan))
 LAB_LIBVIRT := $(addprefix tests/lab/test_,$(addsuffix .py,daemon life))

@@ -114,6 +114,8 @@ class Neighbour:
     def configure(self, case: Case) -> None:
         """Give its device of a combination the address, and the route, that the policy takes."""
         one, wire = case.combination, case.wire
+        # Several of its networks may be one Ethernet: each answers for its own address alone.
+        self.run("cd /proc/sys/net/ipv4/conf/all; echo 1 >arp_ignore; echo 2 >arp_announce")
         nic = f"$(grep -l {case.mac(self.host)} /sys/class/net/*/address | cut -d/ -f5)"
         if one.policy is Policy.ROUTE:
             self.run(
@@ -245,7 +247,7 @@ def _show_vepa(pair: Pair, case: Case) -> None:
 def _show_private(pair: Pair, case: Case) -> None:
     """Neighbours don't reach each other, whatever the switch does."""
     _show_peer(pair, case)
-    for on in (False, True):
+    for on in case.wire.REFLECTIONS:
         case.wire.reflect(on)
         assert _ping_each_other(pair, case) == {_NONE}
 
@@ -298,7 +300,9 @@ class Footprint:
         parts["nft"] = _nft()
         parts["settings"] = dict(_settings())
         parts["run"] = sorted(
-            path.name for path in Path("/run/vnet-lock").rglob("*") if path.name not in EMPTY_FOR_EVER
+            path.name
+            for path in Path("/run/vnet-lock").rglob("*")
+            if path.name not in EMPTY_FOR_EVER and path.suffix != ".lock"
         )
         parts["processes"] = _processes()
         return cls(parts)
@@ -311,10 +315,15 @@ class Footprint:
             time.sleep(0.1)
 
     def difference(self, other: Footprint) -> dict[str, tuple[object, object]]:
-        """What is not the same."""
-        return {
-            key: (value, other.parts[key]) for key, value in self.parts.items() if value != other.parts[key]
-        }
+        """What is not the same: of lists, what is in one of them alone."""
+        found: dict[str, tuple[object, object]] = {}
+        for key, mine in self.parts.items():
+            theirs = other.parts[key]
+            if mine != theirs:
+                found[key] = (mine, theirs)
+                if isinstance(mine, list) and isinstance(theirs, list):
+                    found[key] = [x for x in mine if x not in theirs], [x for x in theirs if x not in mine]
+        return found
 
 
 _ANEW = ("ifindex", "address", "permaddr")

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from tests.lab.nic import wait_until
 
@@ -100,6 +100,9 @@ class Wire:
 
     Its network is 10.9.N.0/24: the peer is .1, guests .2 and .3, the host .9 where it has an address at all.
     """
+
+    # What its switch can be told.
+    REFLECTIONS: ClassVar = (False, True)
 
     number: int
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from vnet_lock.config import Config, read_config
+from vnet_lock.errors import VnetLockError
 from vnet_lock.journal import Companion, SharedLink
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -18,10 +20,12 @@ from vnet_lock.model import (
     Inventory,
     Mode,
     Owner,
+    OwnerKind,
     Process,
     Resource,
     ResourceKind,
     State,
+    UseKind,
     User,
     Wanted,
 )
@@ -35,6 +39,7 @@ class Standing(StrEnum):
     """What is the matter with a resource; worse ones come later."""
 
     FREE = "free"
+    LEFT = "host"  # left to the host by its configuration
     STALE = "stale"
     RESERVED = "reserved"
     RELEASING = "releasing"
@@ -76,7 +81,7 @@ class Audit:
 
     ``states`` has an entry for each VF, PF and NIC of the inventory, and for each other thing claimed.
     ``pids`` are the pids of the guests that have claims, None where a guest has none now; ``stale`` are the
-    tokens of claims that nobody will give back.
+    tokens of claims that nobody will give back; ``pools`` are those that a VF is in.
     """
 
     inventory: Inventory
@@ -84,6 +89,7 @@ class Audit:
     findings: tuple[Finding, ...] = ()
     pids: Mapping[Owner, int | None] = field(default_factory=dict)
     stale: frozenset[str] = frozenset()
+    pools: Mapping[Resource, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def has_error(self) -> bool:
@@ -116,6 +122,9 @@ class _Auditor:
         self.kinship = Kinship(settings)
         self.liveness = Liveness(settings)
         self.findings: list[Finding] = []
+        config = self._read_config()
+        self.left = config.left_to_host(inventory) if config else frozenset()
+        self.pools = {vf.resource: config.pools_of(pf, vf) for pf in inventory.pfs for vf in pf.vfs if config}
         self.known = dict.fromkeys(self._resources())
         self.damaged = claims.damaged
         self.marks = {claim.token for claim in claims.records}
@@ -146,7 +155,7 @@ class _Auditor:
         self._find_same_macs()
         everything = [claim for claims in self.claims.values() for claim in claims]
         pids = {claim.owner: self.kinship.guest_pid(claim.owner) for claim in everything}
-        return Audit(self.inventory, states, tuple(self.findings), pids, self.stale)
+        return Audit(self.inventory, states, tuple(self.findings), pids, self.stale, self.pools)
 
     def lives(self, claim: Claim) -> bool:
         """Whether somebody will still give this claim back; what session.heal takes away doesn't live."""
@@ -166,16 +175,28 @@ class _Auditor:
             elif nic.pci not in functions:
                 yield Resource.pf(nic.pci)
 
+    def _read_config(self) -> Config | None:
+        try:
+            return read_config(self.settings)
+        except VnetLockError as error:
+            self._error("config", "", f"{error}; until then no guest gets a device")
+            return None
+
     # --- one resource ---------------------------------------------------------------------------
 
     def _judge(self, resource: Resource, disputed: bool) -> ResourceState:
         claims = sorted(self.claims.get(resource, ()), key=self.lives, reverse=True)
         living = [claim for claim in claims if self.lives(claim)]
         users = self.inventory.users_of(resource)
+        # What the host does with a VF that is left to it is its own affair; libvirt's guests aren't the host.
+        is_left = resource in self.left
+        judged = [user for user in users if user.kind is UseKind.LIBVIRT] if is_left and not claims else users
         exclusive = any(claim.mode is Mode.EXCLUSIVE for claim in claims)
         mode = Mode.EXCLUSIVE if exclusive else Mode.SHARED
-        strangers = foreign_users(resource, users, claims, self.kinship.is_own, mode=mode)
-        standing = _standing(claims, living)
+        strangers = foreign_users(resource, judged, claims, self.kinship.is_own, mode=mode)
+        standing = Standing.LEFT if is_left and not claims else _standing(claims, living)
+        if is_left:
+            self._report_tenants(resource, living)
         if strangers:
             standing = Standing.CONFLICT if living else Standing.FOREIGN
             self._report_strangers(resource, strangers, living)
@@ -195,6 +216,17 @@ class _Auditor:
             claiming = f", or claim it: vnet-lock claim {resource} --pid {pid}" if pid else ""
             who = "; ".join((strangers[0].by_whom, *(user.text for user in strangers[1:])))
             self._error("foreign", resource, f"{name} is in use without a claim {who}; stop it{claiming}")
+
+    def _report_tenants(self, resource: Resource, living: list[Claim]) -> None:
+        """Guests that have what is left to the host: from before it was, or where nobody could refuse it."""
+        for claim in living:
+            if claim.owner.kind is not OwnerKind.PROCESS:
+                holder = holder_text(claim, self.kinship.guest_pid)
+                message = (
+                    f"{name_of(resource)} is left to the host, but held by {holder}; stop the guest, "
+                    "or take the VF out of [host.vfs]"
+                )
+                self._warn("left-to-host", resource, message)
 
     # --- claims against claims ------------------------------------------------------------------
 

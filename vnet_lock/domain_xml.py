@@ -31,6 +31,8 @@ _KNOWN = (
 _ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
 # libvirt opens a tap or macvtap that is there when it starts the guest, and nothing else.
 LATE_BACKENDS = (Backend.TAP_VHOST, Backend.TAP)
+# The types of an <interface> that take what was made for them, and how.
+_LATE_BACKENDS = {"ethernet": LATE_BACKENDS, "vhostuser": (Backend.SOCKET_VHOST,)}
 # What libvirt's own types of an interface that was resolved can be of a policy.
 _RESOLVED_TYPES = {
     "bridge": (Policy.VEB, Policy.NAT),
@@ -77,7 +79,7 @@ class Wish:
     @property
     def is_resolved(self) -> bool:
         """Whether libvirt itself opens what stands there."""
-        return self.kind not in ("", "ethernet")
+        return self.kind not in ("", *_LATE_BACKENDS)
 
 
 def read_guest(xml: bytes) -> Guest:
@@ -92,6 +94,7 @@ def read_guest(xml: bytes) -> Guest:
     wishes = _read_wishes(root, targets)
     for wish in wishes:
         _check_wish(wish, targets.get(wish.intent.interface))
+    _check_memory(root, wishes)
     fixed = _read_fixed(root, _Keys(), wishes)
     return Guest(_read_name(root), _read_uuid(root), (*fixed, *_late_intents(wishes)))
 
@@ -331,11 +334,9 @@ def _read_wish(element: Element, targets: dict[str, Element]) -> Wish:
     if not _ALIAS.fullmatch(alias):
         raise BadInput(f"metadata: <interface> with alias {alias!r}: libvirt's user aliases are like ua-net0")
     if unknown := [str(name) for name in element.attrib if name not in _KNOWN]:
-        raise BadInput(f"{what}: {unknown[0]} is unknown; there are {', '.join(_KNOWN[:-1])}")
+        raise BadInput(f"{what}: {unknown[0]} is unknown; there are {', '.join(_KNOWN)}")
     if len(element):
         raise BadInput(f"{what}: <{_plain(element[0])}> is unknown; an intent has attributes only")
-    if element.get("pool") is not None:
-        raise BadInput(f"{what}: pools are not supported yet; name the device with dev=")
     policy, ports, backends = _read_combinations(element, what)
     target = targets.get(alias)
     queues = element.get("queues") or _attribute_of(target, "driver", "queues") or "1"
@@ -343,7 +344,7 @@ def _read_wish(element: Element, targets: dict[str, Element]) -> Wish:
     intent = Intent(
         interface=alias,
         policy=policy,
-        devs=_read_devs(element, policy, what),
+        devs=_read_devs(element, what),
         ports=ports,
         backends=backends,
         mac=_read_own_mac(element, target, targets, what),
@@ -352,6 +353,8 @@ def _read_wish(element: Element, targets: dict[str, Element]) -> Wish:
         ifname=_attribute_of(target, "target", "dev") or None,
         addresses=_read_addresses(element, policy, what),
         dhcp=_read_dhcp(element, policy, what),
+        pool=element.get("pool"),
+        socket=_attribute_of(target, "source", "path") or None,
         teaming=element.get("teaming", ""),
     )
     if intent.teaming and intent.backends != (Backend.VFIO,):
@@ -370,6 +373,8 @@ def _check_wish(wish: Wish, target: Element | None) -> None:
             raise BadInput(f'{what}: no <interface> of the guest has <alias name="{wish.intent.interface}"/>')
     elif wish.kind == "ethernet" and Backend.VFIO not in wish.intent.backends:
         _check_target(target, what)
+    elif wish.kind == "vhostuser":
+        _check_vhost_user(target, what)
     elif wish.is_resolved and policy not in _RESOLVED_TYPES.get(kind, ()):
         raise BadInput(
             f"{what}: it is of type {wish.kind!r}, which is no {policy}; write <interface type='ethernet'>"
@@ -398,9 +403,12 @@ def _late(wish: Wish) -> Intent:
     intent, what = wish.intent, f"interface {wish.intent.interface}"
     if Backend.VFIO in intent.backends:
         return _hotplug(wish, what)
-    backends = intent.backends or LATE_BACKENDS
-    if wrong := [backend for backend in backends if backend not in LATE_BACKENDS]:
-        raise Unsupported(f'{what}: libvirt takes no backend {wrong[0]} late; use backends="tap+vhost tap"')
+    known = _LATE_BACKENDS[wish.kind]
+    backends = intent.backends or known
+    if wrong := [backend for backend in backends if backend not in known]:
+        raise Unsupported(
+            f'{what}: libvirt takes no backend {wrong[0]} late; use backends="{" ".join(known)}"'
+        )
     policy, ports = intent.policy, intent.ports
     if not any(set(backends) & set(backends_of(policy, port)) for port in ports or ports_of(policy)):
         raise Unsupported(
@@ -453,10 +461,11 @@ def _read_own_mac(
     return mac
 
 
-def _read_devs(element: Element, policy: Policy, what: str) -> tuple[str, ...]:
+def _read_devs(element: Element, what: str) -> tuple[str, ...]:
+    """The devices that are named; without any, and without a pool, the host may have a default."""
     devs = tuple(element.get("dev", "").split())
-    if not devs and policy is not Policy.NAT:
-        raise BadInput(f"{what}: dev= is missing; name a network device or a PCI address")
+    if devs and element.get("pool") is not None:
+        raise BadInput(f"{what}: dev= and pool= exclude each other; leave one")
     for dev in devs:
         if not is_ifname(dev) and not _is_pci(dev):
             raise BadInput(f"{what}: dev {dev!r} is neither a network device's name nor a PCI address")
@@ -505,6 +514,25 @@ def _read_combinations(element: Element, what: str) -> tuple[Policy, tuple[Port,
                 f"{what}: policy {policy} has no port {port}; it has {', '.join(ports_of(policy))}"
             )
     return policy, ports, backends
+
+
+def _check_vhost_user(target: Element, what: str) -> None:
+    """Only where QEMU connects can we be the other end."""
+    source = target.find("source")
+    if source is None or (source.get("type"), source.get("mode")) != ("unix", "client"):
+        raise BadInput(f"{what}: of type vhostuser it needs <source type='unix' path='…' mode='client'/>")
+
+
+def _check_memory(root: Element, wishes: tuple[Wish, ...]) -> None:
+    """What serves a vhostuser interface reads and writes the guest's memory, so that has to be shared."""
+    usual = _attribute(root, "memoryBacking/access", "mode")
+    cells = [cell.get("memAccess", usual) for cell in root.iterfind("cpu/numa/cell")] or [usual]
+    one = next((wish for wish in wishes if wish.kind == "vhostuser"), None)
+    if one and any(mode != "shared" for mode in cells):
+        raise BadInput(
+            f"interface {one.intent.interface}: of type vhostuser it needs the guest's memory shared: add"
+            " <memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+        )
 
 
 def _check_target(target: Element, what: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import Refused, VnetLockError
-from vnet_lock.journal import MadeLink, share_key
+from vnet_lock.journal import Keeper, MadeLink, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
@@ -20,7 +20,7 @@ from vnet_lock.locks import guard
 from vnet_lock.model import Claim, Mode, PciAddress, Process, State, UseKind
 from vnet_lock.planning import name_of
 from vnet_lock.settings import Settings
-from vnet_lock.undo import undo
+from vnet_lock.undo import end_keeper, undo
 
 # What must hold of one interface's claims, asked under the guard.
 Still = Callable[[tuple[Claim, ...]], bool]
@@ -114,6 +114,9 @@ class GivingBack:
     def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until the devices are free and undo what the journals say; return what could not be done."""
         try:
+            # It would hold the device for ever.
+            for entry in (one for claim in claims for one in claim.journal if isinstance(one, Keeper)):
+                end_keeper(self._settings, entry)
             failures = self.wait_until_free(claims, wait_s)
             if failures:
                 return failures

@@ -151,6 +151,28 @@ class Companion:
     link: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Keeper:
+    """The process that keeps up what serves a libvirt guest, whose QEMU inherits nothing of ours.
+
+    By pid and start ticks since boot. What serves the guest ends with it.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtMacvtap:
+    """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
+
+    ``device`` is as of a Link, ``mac`` the guest's.
+    """
+
+    device: str
+    mac: str
+
+
 Entry = (
     VfAdmin
     | Link
@@ -165,6 +187,8 @@ Entry = (
     | EswitchMode
     | SocketFile
     | Companion
+    | Keeper
+    | LibvirtMacvtap
 )
 _KINDS: dict[str, type[Entry]] = {
     "vf-admin": VfAdmin,
@@ -180,6 +204,8 @@ _KINDS: dict[str, type[Entry]] = {
     "eswitch-mode": EswitchMode,
     "socket-file": SocketFile,
     "companion": Companion,
+    "keeper": Keeper,
+    "libvirt-macvtap": LibvirtMacvtap,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}
 

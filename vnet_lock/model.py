@@ -473,7 +473,11 @@ class Intent:
     ``ports`` and ``backends`` are in order of preference, empty means the usual order.
     ``ifname`` is the name that a macvtap or tap is to have.
     ``addresses`` are the guest's own IP addresses, which a route leads to; ``dhcp`` asks for a server.
-    ``raw`` asks a tap for plain frames, without a vnet header before each.
+    ``raw`` asks a tap for plain frames, without a vnet header before each. ``datagrams`` asks a socket for a
+    datagram a frame, which any program understands, where QEMU is faster with a stream.
+    ``pool`` names VFs in the place of ``devs``, which the host's configuration fills in, with the indices of
+    the VFs that may be chosen (``vfs``, None for any).
+    ``socket`` is where a libvirt guest's QEMU looks for the socket of socket+vhost.
     ``hotplug`` leaves it to libvirt to plug the device in, once the guest runs; ``teaming`` is the alias of
     the interface then that stands by for it, empty for none.
     """
@@ -490,8 +494,19 @@ class Intent:
     addresses: tuple[str, ...] = ()
     dhcp: bool = False
     raw: bool = False
+    datagrams: bool = False
+    pool: str | None = None
+    vfs: frozenset[int] | None = None
+    socket: str | None = None
     hotplug: bool = False
     teaming: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it wants to be, in words; empty where it names nothing."""
+        if self.pool is not None:
+            return f"in pool {self.pool}"
+        return f"on {' or '.join(self.devs)}" if self.devs else ""
 
 
 Request = Fixed | Intent

@@ -8,6 +8,7 @@ from typing import assert_never
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.journal import Link
 from vnet_lock.model import (
     Assignment,
     Claim,
@@ -80,6 +81,8 @@ class Situation:
     ignored: frozenset[UseKind] = frozenset()
     # Why this host makes no VLAN devices, empty where it can.
     no_vlans: str = ""
+    # VFs that the host's configuration keeps from guests.
+    left_to_host: frozenset[Resource] = frozenset()
     # What the guest's other interfaces get.
     planned: tuple[Assignment, ...] = ()
 
@@ -100,7 +103,7 @@ class Situation:
         """
         wanted = tuple(wanted)
         for item in wanted:
-            found = self._damaged(item) or self._claimed(item) or self._in_use(item)
+            found = self._left(item) or self._damaged(item) or self._claimed(item) or self._in_use(item)
             found = found or self._beside(item, tenancy)
             if found:
                 return found
@@ -116,6 +119,18 @@ class Situation:
     def is_free(self, vf: Vf) -> bool:
         """Whether nothing speaks against giving this VF away."""
         return self.obstacle([Wanted(vf.resource, Mode.EXCLUSIVE, vf.pf)]) is None
+
+    def _left(self, item: Wanted) -> Obstacle | None:
+        if not self.left_to_host:
+            return None
+        for resource, _ in self._touched(item):
+            if resource in self.left_to_host:
+                message = (
+                    f"{name_of(resource)} is left to the host by its configuration ([host.vfs], see "
+                    "vnet-lock.toml(5)); choose another device"
+                )
+                return Obstacle(resource, "the host", message)
+        return None
 
     def _damaged(self, item: Wanted) -> Obstacle | None:
         if not self.claims.damaged:
@@ -290,14 +305,8 @@ def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> 
 
 
 def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> Assignment | Refusal:
-    # A bridge that is asked for by name may have to be made.
-    may_be_new = intent.ports == (Port.BRIDGE,)
-    if intent.devs and not may_be_new and not any(_is_here(dev, situation.inventory) for dev in intent.devs):
-        names = " or ".join(map(repr, intent.devs))
-        message = (
-            f"{intent.interface}: there is no network device {names} here; see: vnet-lock status, ip link"
-        )
-        return Refusal(intent, RefusalKind.INVALID, message)
+    if refusal := _out_of_place(intent, situation):
+        return refusal
     rejected: list[Rejection] = []
     obstacles: list[Obstacle] = []
     tried = False
@@ -342,6 +351,39 @@ def _plan_intent(intent: Intent, situation: Situation, own: set[Resource]) -> As
     return _refusal(intent, rejected, obstacles)
 
 
+def _out_of_place(intent: Intent, situation: Situation) -> Refusal | None:
+    """A refusal where what is wanted can't be found here at all."""
+    malformed = _malformed(intent, situation.inventory)
+    taken = _taken(intent, situation) if malformed else None
+    if taken:
+        return Refusal(intent, RefusalKind.HELD, f"{intent.interface}: {taken.message}")
+    return Refusal(intent, RefusalKind.INVALID, f"{intent.interface}: {malformed}") if malformed else None
+
+
+def _malformed(intent: Intent, inventory: Inventory) -> str:
+    """What is wrong with where an intent wants to be; empty where nothing is."""
+    if not intent.devs and intent.pool is not None:
+        return f"there is no pool {intent.pool!r}: this host has no configuration, see vnet-lock.toml(5)"
+    if not intent.devs:
+        missing = "dev= is missing; name a network device (dev=eth0), a PCI address, or a pool (pool=)"
+        return "" if intent.policy is Policy.NAT else missing
+    # A bridge that is asked for by name may have to be made.
+    may_be_new = intent.ports == (Port.BRIDGE,)
+    if may_be_new or any(_is_here(dev, inventory) for dev in intent.devs):
+        return ""
+    names = " or ".join(map(repr, intent.devs)) + (f" of pool {intent.pool}" if intent.pool else "")
+    return f"there is no network device {names} here; see: vnet-lock status, ip link"
+
+
+def _taken(intent: Intent, situation: Situation) -> Obstacle | None:
+    """Who has a device that isn't here any more: another guest, to which it went from this host's sight."""
+    for claim in situation.claims.records:
+        names = {entry.name for entry in claim.journal if isinstance(entry, Link)}
+        if not names.isdisjoint(intent.devs):
+            return situation.obstacle((Wanted(claim.resource, Mode.EXCLUSIVE),), None, None)
+    return None
+
+
 def _is_here(dev: str, inventory: Inventory) -> bool:
     if inventory.nic_named(dev):
         return True
@@ -357,7 +399,7 @@ def _refusal(intent: Intent, rejected: list[Rejection], obstacles: list[Obstacle
     of_devices = [rejection for rejection in rejected if " on " in rejection.candidate]
     reasons = list(dict.fromkeys(rejection.reason for rejection in of_devices or rejected))
     distinct = list(dict.fromkeys(obstacle.message for obstacle in obstacles))
-    where = f"{intent.policy} on {' or '.join(intent.devs)}" if intent.devs else str(intent.policy)
+    where = f"{intent.policy} {intent.place}".rstrip()
     if distinct:
         message = f"{intent.interface}: nothing free for {where}: " + "; ".join(distinct)
         if len(distinct) == 1:

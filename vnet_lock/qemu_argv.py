@@ -146,7 +146,7 @@ def _read_intent(option: Option, network: Properties, nic: Nic | None) -> Intent
     return Intent(
         interface=str(network.get("id")),
         policy=policy,
-        devs=_read_devs(option, network, policy),
+        devs=_read_devs(option, network),
         ports=ports,
         backends=backends,
         mac=_read_mac(option, network, nic),
@@ -154,6 +154,7 @@ def _read_intent(option: Option, network: Properties, nic: Nic | None) -> Intent
         queues=queues,
         addresses=_read_addresses(option, network, policy),
         dhcp=_read_dhcp(option, network, policy),
+        pool=network.get("pool"),
     )
 
 
@@ -168,8 +169,8 @@ def _check_keys(option: Option, network: Properties) -> None:
         if key in seen and key not in ("dev", "ip"):
             raise BadInput(f"{option.text}: {key}= is there twice; leave one")
         seen.add(key)
-    if "pool" in seen:
-        raise BadInput(f"{option.text}: pools are not supported yet; name a device with dev=")
+    if {"dev", "pool"} <= seen:
+        raise BadInput(f"{option.text}: dev= and pool= exclude each other; leave one")
 
 
 def _read_mode(option: Option, mode: str | None, port: str | None) -> tuple[Policy, tuple[Port, ...]]:
@@ -188,11 +189,9 @@ def _read_mode(option: Option, mode: str | None, port: str | None) -> tuple[Poli
     return policy, (Port(port),)
 
 
-def _read_devs(option: Option, network: Properties, policy: Policy) -> tuple[str, ...]:
-    devs = network.values("dev")
-    if not devs and policy is not Policy.NAT:
-        raise BadInput(f"{option.text}: dev= is missing; name a network device (dev=eth0) or a PCI address")
-    return tuple(_read_dev(option, dev) for dev in devs)
+def _read_devs(option: Option, network: Properties) -> tuple[str, ...]:
+    """The devices that are named; without any, and without a pool, the host may have a default."""
+    return tuple(_read_dev(option, dev) for dev in network.values("dev"))
 
 
 def _read_dev(option: Option, dev: str) -> str:

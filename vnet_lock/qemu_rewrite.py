@@ -118,12 +118,12 @@ def network(intent: Intent, connection: Connected) -> Properties:
             if vhost_fds:
                 made = made.having("vhost", True).having(f"vhostfd{many}", ":".join(map(str, vhost_fds)))
             return made
-        case Backend.SOCKET:
+        case Backend.SOCKET if intent.datagrams:
             return Properties((("type", "dgram"), name, ("local.type", "fd"), ("local.str", fds[0])))
         case Backend.SOCKET_VHOST:
             made = Properties((("type", "vhost-user"), name, ("chardev", _chardev_id(intent))))
             return made.having("queues", intent.queues if intent.queues > 1 else None)
-        case Backend.PASST:
+        case Backend.SOCKET | Backend.PASST:
             return Properties((("type", "stream"), name, ("addr.type", "fd"), ("addr.str", fds[0])))
         case Backend.USER:
             return Properties((("type", "user"), name))

@@ -17,7 +17,6 @@ _BACKENDS = (*LATE_BACKENDS, Backend.VFIO, Backend.USER, Backend.PASST)
 _MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 # libvirt keeps names like these for itself.
 _RESERVED = ("vnet", "macvtap", "macvlan", "vl")
-_NAME_LIMIT = 15
 
 
 def full_intent(wish: Wish) -> Intent:

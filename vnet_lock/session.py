@@ -6,11 +6,12 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
@@ -18,7 +19,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, EswitchMode, SocketFile, share_key
+from vnet_lock.journal import Entry, EswitchMode, Keeper, LibvirtMacvtap, SocketFile, share_key
 from vnet_lock.kernel import processes, programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -36,6 +37,7 @@ from vnet_lock.model import (
     OwnerKind,
     PciAddress,
     Plan,
+    Process,
     Refusal,
     Request,
     Reservation,
@@ -50,6 +52,9 @@ from vnet_lock.planning import Situation, error_of, function_wanted, name_of, ni
 from vnet_lock.ports import Job, Opened, Share
 from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.config import Config
 
 T = TypeVar("T")
 
@@ -91,10 +96,19 @@ class Healed:
 
 
 class Session:
-    """Everything that a front does to claims and devices."""
+    """Everything that a front does to claims and devices.
+
+    A configuration that can't be read keeps nothing from being given back, but nothing new is given out.
+    """
 
     def __init__(self, settings: Settings = DEFAULT) -> None:
-        self.settings = settings
+        self._config: Config | None = None
+        self._config_error: VnetLockError | None = None
+        try:
+            self._config = _read_config(settings)
+        except VnetLockError as error:
+            self._config_error = error
+        self.settings = settings = self._config.tune(settings) if self._config else settings
         self.table = ClaimTable(settings)
         self._me = processes.this_process(settings)
         self._back = GivingBack(settings, self.table, self._me)
@@ -105,18 +119,24 @@ class Session:
         self, requests: Iterable[Request], owner: Owner | None = None, beside: bool = False
     ) -> Plan | Refusal:
         """What would be done now, in the place of what the owner has or ``beside`` it; changes nothing."""
-        requests = tuple(requests)
+        requests = self._resolve(requests)
         claims = self.table.read()
         stale = frozenset(Liveness(self.settings).stale(claims))
-        situation = self._situation(self._observe(requests, _needs_vlans(requests, claims)), owner, requests)
-        return plan(requests, replace(situation, claims=claims, stale=stale, beside=beside))
+        inventory = self._observe(requests, _needs_vlans(requests, claims))
+        situation = self._situation(inventory, owner, requests)
+        left = self._left_to_host(inventory)
+        return plan(
+            requests, replace(situation, claims=claims, stale=stale, left_to_host=left, beside=beside)
+        )
 
     def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
         """Those VFs that can't be given to anybody now: claimed, or in use."""
         claims = self.table.read()
         inventory = read_inventory(self.settings, [pci.text for pci in pcis])
         stale = frozenset(Liveness(self.settings).stale(claims))
-        situation = replace(self._situation(inventory), claims=claims, stale=stale)
+        situation = replace(
+            self._situation(inventory), claims=claims, stale=stale, left_to_host=self._left_to_host(inventory)
+        )
         return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
 
     # --- taking -------------------------------------------------------------------------------
@@ -128,7 +148,7 @@ class Session:
         take it. With ``beside`` it stays, and what is new comes to it: reserved by this process until
         ``activate``. Raises Refused, Unsupported, BadInput, or VnetLockError where the kernel refuses.
         """
-        requests = tuple(requests)
+        requests = self._resolve(requests)
         if not requests:
             return ()
         is_awaited = not beside and self._is_awaited(owner)
@@ -202,19 +222,41 @@ class Session:
             raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
         try:
             if combination.backend is Backend.SOCKET_VHOST:
-                grant.opened.path = self.settings.socket_path(grant.token)
-                self._journal_of(grant.token)((SocketFile(grant.opened.path),))
+                grant.opened.path = self._name_socket(grant.token, intent.socket)
             connection = backend.connect(self.settings, intent, grant.opened, combination)
         finally:
             grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         return connection
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> list[str]:
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Connect those of the grants whose QEMU only knows a socket's path, and inherits nothing of ours.
+
+        What serves it ends when the grant is given back.
+        """
+        from vnet_lock.kernel import background
+
+        for grant in grants:
+            if not isinstance(grant.assignment.request, Intent) or not grant.assignment.request.socket:
+                continue
+
+            def journal(process: Process, token: str = grant.token) -> bool:
+                self._journal_of(token)((Keeper(process.pid, process.start_ticks),))
+                return True
+
+            connection = self.connect(grant)
+            try:
+                background.start(self.settings, background.keep, journal, kept=connection.kept)
+            finally:
+                for descriptor in connection.descriptors:
+                    os.close(descriptor)
+
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what libvirt itself set up for a guest that is about to run, or runs.
 
-        Only claims and VFIO descriptors of others count against it. Returns the resources that were
-        claimed anew; raises Refused where another guest has one.
+        Only claims and VFIO descriptors of others count against it, and for one that isn't ``running`` yet
+        what is left to the host. Returns the resources that were claimed anew; raises Refused where another
+        guest has one.
         """
         requests = tuple(requests)
         if not requests:
@@ -228,11 +270,13 @@ class Session:
                 # Shares are counted: each interface gives its own back.
                 own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
                 missing = _missing(assignment.wanted, own)
-                added += self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                made = self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                journal = _left_by_libvirt(assignment)
+                added += [replace(claim, journal=journal) for claim in made[:1]] + made[1:]
             writer.add(added)
             return added
 
-        _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT)
+        _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT, running=running)
         return [claim.resource.text for claim in added]
 
     def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
@@ -378,6 +422,22 @@ class Session:
 
     # --- the steps ----------------------------------------------------------------------------
 
+    def _resolve(self, requests: Iterable[Request]) -> tuple[Request, ...]:
+        """With the devices that the configuration has for them; BadInput where that can't be told."""
+        config = self._require_config()
+        return tuple(map(config.resolve, requests)) if config else tuple(requests)
+
+    def _left_to_host(self, inventory: Inventory) -> frozenset[Resource]:
+        """VFs that no guest is to have."""
+        config = self._require_config()
+        return config.left_to_host(inventory) if config else frozenset()
+
+    def _require_config(self) -> Config | None:
+        """The configuration, None where there is none; raises what is wrong with it."""
+        if self._config_error:
+            raise self._config_error
+        return self._config
+
     def _observe(self, requests: tuple[Request, ...], vlans: bool) -> Inventory:
         devices: list[str] = []
         for request in requests:
@@ -458,6 +518,7 @@ class Session:
         *,
         beside: bool = False,
         ignored: frozenset[UseKind] = frozenset(),
+        running: bool = False,
     ) -> tuple[Inventory, T]:
         """Plan, and ``write`` what comes of it, under one guard.
 
@@ -473,6 +534,8 @@ class Session:
             inventory = self._observe(requests, vlans)
             situation = self._situation(inventory, owner, requests)
             situation = replace(situation, beside=beside, ignored=ignored)
+            if not running:
+                situation = replace(situation, left_to_host=self._left_to_host(inventory))
             with self.table.guarded() as writer:
                 claims = writer.read()
                 result = plan(requests, replace(situation, claims=claims))
@@ -530,11 +593,11 @@ class Session:
         if isinstance(request, Fixed):
             device = assignment.device
             if assignment.wanted[0].mode is not Mode.EXCLUSIVE or device.pci is None:
-                return None, ()
+                return None, _left_by_libvirt(assignment)
             from vnet_lock.kernel.before import read_before
 
             self._keep_eswitch(assignment, token, inventory)
-            return None, read_before(self.settings, device.pci)
+            return None, (*read_before(self.settings, device.pci), *_left_by_libvirt(assignment))
         port = ports.find(assignment.combination.port) if assignment.combination else None
         if port is None:
             raise Unsupported(f"{request.interface}: no port of this version opens {assignment.combination}")
@@ -590,6 +653,21 @@ class Session:
 
         return journal
 
+    def _name_socket(self, token: str, wanted: str | None) -> str:
+        """The path at which a guest's QEMU finds its network, in our journal before anything is there."""
+        path = wanted or self.settings.socket_path(token)
+        if not re.fullmatch(re.escape(self.settings.run) + r"/[\w.-]+\.sock", path):
+            raise BadInput(f"{path} is no place for a socket of ours; use {self.settings.run}/NAME.sock")
+        entry = SocketFile(path)
+        with self.table.guarded() as writer:
+            claims = writer.read()
+            for claim in claims.records:
+                if claim.token != token and entry in claim.journal:
+                    raise Refused(f"{path} is the socket of {claim.owner.text}; choose another name")
+            first = _first(claims, token)
+            writer.replace(replace(first, journal=(*first.journal, entry)))
+        return path
+
     def _note_mac(self, token: str, mac: str | None) -> None:
         with self.table.guarded() as writer:
             for claim in writer.read().with_token(token):
@@ -619,6 +697,8 @@ class Session:
         for token in dict.fromkeys(claim.token for claim in claims.of(owner) if claim.resource in wanted):
             for claim in claims.with_token(token):
                 if claim.worker and processes.is_alive(self.settings, claim.worker):
+                    if claim.state is State.RESERVED:
+                        continue  # who plugs it in makes it the owner's
                     raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
                 if claim.owner != owner or claim.state is not State.ACTIVE:
                     writer.replace(
@@ -634,6 +714,14 @@ class Session:
         return tuple(tokens)
 
 
+def _read_config(settings: Settings) -> Config | None:
+    if not os.path.lexists(settings.config_path):
+        return None
+    from vnet_lock.config import read_config  # 10 ms, for who has a file
+
+    return read_config(settings)
+
+
 def _backends_for(requests: Iterable[Request]) -> set[Backend]:
     """Those that an intent may get."""
     return {
@@ -644,6 +732,14 @@ def _backends_for(requests: Iterable[Request]) -> set[Backend]:
         for backend in backends_of(one.policy, port)
         if backend in (one.backends or DEFAULT_BACKENDS)
     }
+
+
+def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
+    """What libvirt makes for a request by itself, and may be killed before it takes it away again."""
+    request = assignment.request
+    if not isinstance(request, Fixed) or request.form is Form.HOSTDEV or not request.mac:
+        return ()
+    return (LibvirtMacvtap(str(request.device), request.mac),)
 
 
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:

@@ -18,6 +18,7 @@ class Settings:
     dev: str = "/dev"
     run: str = "/run/vnet-lock"
     libvirt_run: str = "/run/libvirt"
+    etc: str = "/etc/vnet-lock"
     etc_libvirt: str = "/etc/libvirt"
     lib_modules: str = "/lib/modules"
     # What guests that are run without libvirt's daemon keep.
@@ -29,8 +30,11 @@ class Settings:
     free_wait_s: float = 5.0
     # How long the guard, a PF's lock and the host's are waited for.
     guard_wait_s: float = 5.0
-    pf_wait_s: float = 20.0
-    host_wait_s: float = 20.0
+    pf_wait_s: float = 60.0
+    host_wait_s: float = 60.0
+    # What a hook hasn't done by then is given up and undone: libvirt waits for it without any limit, with the
+    # guest locked. A prepare takes a tenth of a second; under full emulation and load 30 s were seen.
+    hook_s: float = 40.0
     # How long what was chosen for a guest that comes from elsewhere is kept for its start.
     reservation_s: float = 60.0
 
@@ -45,10 +49,16 @@ class Settings:
             dev=root + plain.dev,
             run=root + plain.run,
             libvirt_run=root + plain.libvirt_run,
+            etc=root + plain.etc,
             etc_libvirt=root + plain.etc_libvirt,
             lib_modules=root + plain.lib_modules,
             lib=root + plain.lib,
         )
+
+    @property
+    def config_path(self) -> str:
+        """The host's configuration, which need not be there."""
+        return self.etc + "/config.toml"
 
     @property
     def claims_dir(self) -> str:
@@ -64,6 +74,10 @@ class Settings:
     def reap_lock_path(self) -> str:
         """The lock of the one process that follows the claims of this host."""
         return self.run + "/reap.lock"
+
+    def looked_path(self, pid: int) -> str:
+        """The note of libvirt's daemon with this pid that it has looked for hooks; hooks/daemon writes it."""
+        return f"{self.run}/{pid}.hooks"
 
     @property
     def guard_path(self) -> str:

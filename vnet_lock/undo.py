@@ -14,6 +14,8 @@ from vnet_lock.journal import (
     Driver,
     Entry,
     EswitchMode,
+    Keeper,
+    LibvirtMacvtap,
     Link,
     MadeLink,
     NatTable,
@@ -25,7 +27,7 @@ from vnet_lock.journal import (
     VfAdmin,
     share_key,
 )
-from vnet_lock.kernel import before, pci, rtnetlink
+from vnet_lock.kernel import before, pci, processes, rtnetlink, sysfs
 from vnet_lock.model import Claim, PciAddress, Process
 from vnet_lock.settings import Settings
 
@@ -47,6 +49,14 @@ def undo(settings: Settings, claim: Claim, shared: Collection[str] = ()) -> list
         except VnetLockError as error:
             failures.append(str(error))
     return failures
+
+
+def end_keeper(settings: Settings, entry: Keeper) -> None:
+    """End what serves a guest; VnetLockError where it doesn't end."""
+    from vnet_lock.kernel import background
+
+    process = Process(entry.pid, entry.start_ticks)
+    background.end(settings, process, "the process that keeps up a guest's network")
 
 
 def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - one for each kind
@@ -88,6 +98,10 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
 
             process = Process(entry.pid, entry.start_ticks)
             background.end(settings, process, "the process that was to plug a device into a guest")
+        case Keeper():
+            end_keeper(settings, entry)
+        case LibvirtMacvtap():
+            _remove_libvirts(settings, entry)
         case VfAdmin():
             _restore_vf_admin(settings, entry)
         case Driver():
@@ -96,6 +110,27 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
             _restore_link(settings, entry)
         case _ as never:
             assert_never(never)
+
+
+def _remove_libvirts(settings: Settings, saved: LibvirtMacvtap) -> None:
+    """Remove the macvtap that libvirt left, known by its place, its MAC and the name that libvirt gives.
+
+    What a process has open is somebody's.
+    """
+    netdev = saved.device
+    if ":" in saved.device:
+        netdev = before.read_netdev(settings, PciAddress.parse(saved.device)) or ""
+    lower = sysfs.read_nic(settings, netdev) if netdev else None
+    for name in lower.uppers if lower else ():
+        upper = sysfs.read_nic(settings, name)
+        if upper is None or upper.mac != saved.mac or not name.startswith("macvtap"):
+            continue
+        rdev = sysfs.read_macvtap_rdev(settings, name)
+        if rdev is None or processes.read_holders(settings, [rdev]):
+            continue
+        from vnet_lock.kernel import netlink
+
+        netlink.remove_link(name, "")
 
 
 def _restore_sysctls(settings: Settings, saved: Sysctls) -> None:

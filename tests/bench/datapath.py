@@ -31,7 +31,6 @@ from tests.kernel.host import VNET_LOCK
 from tests.lab.machines import Console, Guests
 from tests.policies import IN_NAMESPACES, VNET_QEMU, Case, Neighbour
 from tests.wires import Outside, Wire, ip
-from vnet_lock.combination import Combination
 
 TOP = Path(__file__).resolve().parents[2]
 HOST = 2  # the last part of the guest's addresses
@@ -167,7 +166,7 @@ def in_lab() -> list[Measured]:
     """What takes the lab VM, and libvirt's own interfaces beside it."""
     from tests.lab.nic import Nic
     from tests.lab.test_combinations import ON_WIRES
-    from tests.lab.test_combinations_vf import ON_VFS, VfCase, VfWire, far_end
+    from tests.lab.test_combinations_vf import PRIVATE, VEB, far_end, vf_cases
 
     nic = Nic(os.environ["VNET_LAB_PF"])
     outside = Outside()
@@ -177,10 +176,8 @@ def in_lab() -> list[Measured]:
         found += measure_all([Case(one, Wire(n)) for n, one in enumerate(ON_WIRES)], outside, "lab", "kvm")
         found += libvirts_own(outside)
         with far_end(nic):
-            for policy in ("veb", "private"):
-                chosen: list[Combination] = [one for one in ON_VFS if one.policy == policy]
-                cases = [VfCase(one, VfWire(n, nic.pf)) for n, one in enumerate(chosen)]
-                found += measure_all(cases, outside, "lab", "kvm")
+            for chosen in (VEB, PRIVATE):
+                found += measure_all([*vf_cases(nic, chosen).values()], outside, "lab", "kvm")
     finally:
         outside.close()
         nic.reset()

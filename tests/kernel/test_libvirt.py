@@ -5,6 +5,7 @@ Guests are QEMUs that boot nothing; a device that is to be unplugged would need 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -16,12 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.kernel.conftest import need
-from vnet_lock.front.libvirt_guest import address_words
-from vnet_lock.model import PciAddress
+from vnet_lock.errors import VnetLockError
+from vnet_lock.front import companion
+from vnet_lock.front.libvirt_guest import address_words, read_owner
+from vnet_lock.kernel.processes import is_alive
+from vnet_lock.model import Mode, PciAddress, Process, Resource
+from vnet_lock.session import Session
+from vnet_lock.settings import DEFAULT
+
+if TYPE_CHECKING:
+    from vnet_lock.front.libvirt_client import Domain
 
 PF, VFS = "0000:01:00.0", ("0000:01:10.0", "0000:01:10.2")
 CLAIMS = Path("/run/vnet-lock/claims")
@@ -169,6 +179,10 @@ def test_each_interface_of_a_network_or_plugged_in_raw_has_its_claim(
     of_network = "<source network='net'/>"
     daemon.guest("g", interface("network", 1, of_network))
     assert shares() == 1
+    # libvirt ends the port then, and not the interface.
+    for state in ("down", "up"):
+        must("domif-setlink", "g", "52:54:00:00:0d:01", state)
+    assert shares() == 1
     assert daemon.plug("g", interface("network", 2, of_network)).returncode == 0
     assert shares() == 2
     assert daemon.plug("g", interface("direct", 3, "<source dev='v0' mode='vepa'/>")).returncode == 0
@@ -262,3 +276,56 @@ def test_a_script_refuses_a_device_that_another_guest_has(daemon: Daemon, ip: Ca
     refused = daemon.plug("h", late)
     assert refused.returncode != 0
     assert "vnet-lock-ifup: device mine0 is in use by qemu-system-x86" in refused.stderr
+
+
+def entries() -> list[dict[str, object]]:
+    """The companions that stand in the claims' journals."""
+    records = [json.loads(path.read_text()) for path in CLAIMS.glob("*.json")]
+    found = (entry for record in records for entry in record["journal"])
+    return [entry for entry in found if entry["kind"] == "companion"]
+
+
+def test_a_companion_waits_until_the_guest_runs_whatever_the_daemon_does(daemon: Daemon) -> None:
+    """And is known until what it had to do is done, or with its reason ever after."""
+    daemon.guest("g")
+    uuid = must("domuuid", "g").strip()
+    must("destroy", "g")
+    owner = read_owner(DEFAULT, "g", uuid)
+    session = Session(DEFAULT)
+    told = daemon.directory / "told"
+
+    def finish(domain: Domain) -> None:
+        told.write_text(domain.state)
+
+    def fail(domain: Domain) -> None:
+        raise VnetLockError(f'guest "{domain.name}": no more ports')
+
+    tokens = [session.claim(owner, Resource.ip(f"192.0.2.{host}"), Mode.EXCLUSIVE).token for host in (1, 2)]
+    for token, what in zip(tokens, (finish, fail), strict=True):
+        companion.start(DEFAULT, owner, token, what)
+    must("start", "g", "--paused")
+    daemon.restart()
+    assert [entry["failure"] for entry in entries()] == ["", ""]
+    assert not told.exists()
+    must("resume", "g")
+    until(told.exists, "it is done")
+    assert told.read_text() == "running"
+    said = ["no more ports"]
+    until(lambda: [entry["failure"] for entry in entries()] == said, "one is done, the other says why not")
+    must("destroy", "g")
+    session.release(owner)
+    assert not os.listdir(CLAIMS)
+
+
+def test_a_companion_ends_with_the_claim_that_it_is_for(daemon: Daemon) -> None:
+    daemon.guest("g")
+    owner = read_owner(DEFAULT, "g", must("domuuid", "g").strip())
+    must("destroy", "g")
+    session = Session(DEFAULT)
+    token = session.claim(owner, Resource.ip("192.0.2.1"), Mode.EXCLUSIVE).token
+    companion.start(DEFAULT, owner, token, lambda _: None)
+    (entry,) = entries()
+    process = Process(int(str(entry["pid"])), int(str(entry["start_ticks"])))
+    assert is_alive(DEFAULT, process)
+    session.release(owner)
+    assert not is_alive(DEFAULT, process)

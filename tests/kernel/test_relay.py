@@ -35,6 +35,19 @@ TAG = bytes.fromhex("8100202a")
 SOL_PACKET, VNET_HDR = 263, 15
 
 
+class Stream(socket.socket):
+    """A stream of frames, with which a test deals as with datagrams (QEMU's -netdev stream)."""
+
+    def send(self, frame: bytes) -> int:  # type: ignore[override]
+        self.sendall(struct.pack(">I", len(frame)) + frame)
+        return len(frame)
+
+    def recv(self, *_: int) -> bytes:  # type: ignore[override]
+        if not (length := super().recv(4, socket.MSG_WAITALL)):
+            return b""
+        return super().recv(int.from_bytes(length), socket.MSG_WAITALL)
+
+
 @dataclass
 class Wire:
     """A relay: the guest's end of it, a packet socket at the wire's other end, and its device's namespace."""
@@ -96,21 +109,23 @@ def inhabitants(namespace: int) -> list[int]:
     return found
 
 
-@pytest.fixture
-def wire(veth: tuple[str, str], macvtap_works: None, ip: Ip) -> Iterator[Wire]:
+@pytest.fixture(params=[Stream, socket.socket], ids=["stream", "datagrams"])
+def wire(
+    veth: tuple[str, str], macvtap_works: None, ip: Ip, request: pytest.FixtureRequest
+) -> Iterator[Wire]:
     del macvtap_works
     namespace = make_namespace(DEFAULT)
     netlink.add_macvlan("vl0", veth[0], "bridge", OURS, "vnet-lock:x", namespace=namespace)
     call_in(namespace, lambda: netlink.set_link("vl0", up=True))
     connection = backend.connect(
         DEFAULT,
-        Intent("net0", Policy.VEB),
+        Intent("net0", Policy.VEB, datagrams=request.param is socket.socket),
         Opened("vl0", OURS, netns=namespace),
         Combination.parse("veb-macvlan-socket"),
     )
     (pid,) = inhabitants(namespace)
     with (
-        socket.socket(fileno=connection.fds[0]) as guest,
+        request.param(fileno=connection.fds[0]) as guest,
         socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0) as peer,
     ):
         # Frames of the peer's with their tags where they were.

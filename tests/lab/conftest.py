@@ -25,6 +25,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(TEST_S))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Tell at once why a test failed: the whole report comes at the end of an hour."""
+    if report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        print(f"\n    {report.when}: {crash.message if crash else report.longrepr}", flush=True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _in_the_lab_vm() -> None:
     if not os.environ.get("VNET_LAB_PF"):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -58,6 +58,15 @@ class Daemon:
 LIBVIRTD = Daemon()
 
 
+def cannot_read_status(guest: str) -> bool:
+    """Whether the daemon can't read the status file of a guest: 9.0 can't where it was killed in `stopped`.
+
+    Then it gives back nothing of what the guest had, and leaves the file there until the guest's next start.
+    """
+    log = Path("/var/log/libvirt/libvirtd.log").read_text()
+    return f"Failed to load config for domain '{guest}'" in log
+
+
 def newer() -> Daemon | None:
     """The libvirtd that this machine has, where the lab runs an older one."""
     usr = os.environ.get("VNET_LAB_NEWER")
@@ -84,23 +93,37 @@ def killed_at(guest: str, operation: str, *, before_ours: bool = False) -> Itera
         path.unlink()
 
 
-@contextmanager
-def split() -> Iterator[Daemon]:
-    """One daemon for QEMU, which is yielded, and one for networks and all else, in the place of libvirtd.
+# Where the network driver is: outside of this process.
+_ELSEWHERE = """
+#include <libvirt/libvirt.h>
+virConnectPtr virGetConnectNetwork(void);
+virConnectPtr virGetConnectNetwork(void)
+{
+    return virConnectOpen("network+ext://localhost/system?command=%s");
+}
+"""
 
-    Debian builds no virtqemud. What it would be is a libvirtd that has one driver and listens elsewhere: what
-    the other drivers do, it asks for outside of its process.
+
+@contextmanager
+def split() -> Iterator[tuple[Daemon, Daemon]]:
+    """One daemon for QEMU and one for networks and all else, in the place of libvirtd.
+
+    Debian builds no virtqemud. What it would be is a libvirtd that has one driver and listens elsewhere; yet
+    a libvirtd looks for the network driver in its own process alone: one function of libvirt's is replaced.
+    To reach networks, virsh has to be told ``-c network:///system``.
     """
     drivers = next(Path("/usr/lib").glob("*/libvirt/connection-driver"))
     with TemporaryDirectory() as name:
         qemu = _part(Path(name), "virtqemud", "qemu:///system", drivers.glob("*_qemu.so"))
         others = (path for path in drivers.iterdir() if not path.name.endswith("_qemu.so"))
         network = _part(Path(name), "virtnetworkd", "network:///system", others)
+        environment = {**qemu.environment, "LD_PRELOAD": _elsewhere(Path(name))}
+        qemu = replace(qemu, environment=environment)
         LIBVIRTD.end()
         try:
             network.begin()
             qemu.begin()
-            yield qemu
+            yield qemu, network
         finally:
             for part in (qemu, network):
                 if part.is_alive:
@@ -108,6 +131,16 @@ def split() -> Iterator[Daemon]:
             for path in RUN.glob("virt*d-sock"):
                 path.unlink()
             LIBVIRTD.begin()
+
+
+def _elsewhere(folder: Path) -> str:
+    """The library with that function."""
+    command, source, library = folder / "reach", folder / "elsewhere.c", folder / "elsewhere.so"
+    command.write_text("#!/bin/sh\nexec virt-ssh-helper network:///system\n")
+    command.chmod(0o755)
+    source.write_text(_ELSEWHERE % command)
+    run("gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-lvirt")
+    return str(library)
 
 
 def _part(folder: Path, name: str, uri: str, drivers: Iterable[Path]) -> Daemon:

@@ -298,6 +298,8 @@ def main() -> int:
         use_both(story, nic, folder)
         look_back(story, nic, before)
     finally:
+        for name in ("web1", "web2", "web3"):
+            story.run("virsh", "undefine", name, quiet=True)
         if "VNET_LAB_RESULTS" in os.environ:
             Path(os.environ["VNET_LAB_RESULTS"], "demo.json").write_text(json.dumps(story.lines))
     failed = [what for _, what, held in story.lines if not held]

@@ -46,10 +46,12 @@ def domain_xml(
     uuid: str = "",
     metadata: str = "",
     memory_mb: int = MEMORY_MB,
+    shares_memory: bool = False,
 ) -> str:
     """A libvirt guest: ``interfaces`` is the XML of its devices, ``words`` its kernel command line.
 
-    ``console`` is the log of its serial port; ``console.sock`` beside it takes orders.
+    With ``shares_memory`` another process can have its memory. ``console`` is the log of its serial port;
+    ``console.sock`` beside it takes orders.
     """
     found = image()
     return f"""<domain type='kvm'>
@@ -57,6 +59,7 @@ def domain_xml(
   {f"<uuid>{uuid}</uuid>" if uuid else ""}
   {f"<metadata>{metadata}</metadata>" if metadata else ""}
   <memory unit='MiB'>{memory_mb}</memory>
+  {"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>" if shares_memory else ""}
   <vcpu>1</vcpu>
   <os>
     <type arch='x86_64' machine='q35'>hvm</type>

@@ -9,19 +9,22 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.lab import guest
 from tests.lab.nic import wait_until
 
 # A nested guest boots in 12 s on a quiet machine; a busy one takes many times that.
-READY_S = 180
+READY_S = 400
 VIRSH_S = 180
+VNET_LOCK = str(Path(sys.executable).with_name("vnet-lock"))
 
 
 def virsh(*words: str, check: bool = True, deadline_s: float = VIRSH_S) -> subprocess.CompletedProcess[str]:
@@ -41,6 +44,8 @@ class Console:
     # Starts the guest anew where its kernel died before its first word, which an emulated CPU makes happen
     # now and then; used once.
     again: Callable[[], object] | None = None
+    # What the program that runs the guest says.
+    output: Path | None = None
     _orders: int = 0
 
     @property
@@ -65,6 +70,8 @@ class Console:
                 again()
                 continue
             heard = "; it said last:\n" + "\n".join(self.text.splitlines()[-20:])
+            if self.output and self.output.exists():
+                heard += "\nand its program:\n" + self.output.read_text(errors="replace")[-2000:]
             assert alive, f"{self.log.stem} ended before it said {words!r}{heard}"
             assert time.monotonic() < end, f"{self.log.stem} didn't say {words!r} in {deadline_s} s{heard}"
             time.sleep(0.2)
@@ -121,7 +128,6 @@ class PlainGuest:
     name: str
     process: subprocess.Popen[bytes]
     console: Console
-    output: Path
 
     @property
     def pid(self) -> int:
@@ -131,7 +137,7 @@ class PlainGuest:
     @property
     def said(self) -> str:
         """What the program wrote to stdout and stderr."""
-        return self.output.read_text(errors="replace")
+        return self.console.output.read_text(errors="replace") if self.console.output else ""
 
     def wait(self, deadline_s: float = 60) -> int:
         """Wait for its end; the exit code, negative for a signal."""
@@ -153,7 +159,14 @@ class Guests:
     _daemons: list[int] = field(default_factory=list)
 
     def libvirt(
-        self, name: str, interfaces: str, *, start: bool = True, metadata: str = "", **words: str | int
+        self,
+        name: str,
+        interfaces: str,
+        *,
+        start: bool = True,
+        metadata: str = "",
+        shares_memory: bool = False,
+        **words: str | int,
     ) -> LibvirtGuest:
         """Define a guest with these interfaces and start it; ``words`` go to kernel_words."""
         console = Console(self.directory / f"{name}.log")
@@ -161,7 +174,7 @@ class Guests:
         console.is_alive = lambda: made.state == "running"
         xml = guest.domain_xml(
             name, interfaces, words=guest.kernel_words(**words), console=console.log, uuid=made.uuid,
-            metadata=metadata,
+            metadata=metadata, shares_memory=shares_memory,
         )  # fmt: skip
         path = self.directory / f"{name}.xml"
         path.write_text(xml)
@@ -189,35 +202,36 @@ class Guests:
         argv = guest.qemu_argv(
             name, devices, words=guest.kernel_words(**words), console=console.log, accel=self.accel
         )
-        output = self.directory / f"{name}.out"
-        with output.open("wb") as sink:
-            process = subprocess.Popen(
-                [*program, *argv[1:]],
-                stdin=subprocess.DEVNULL,
-                stdout=sink,
-                stderr=subprocess.STDOUT,
-                pass_fds=pass_fds,
-                start_new_session=True,
-            )
-        made = PlainGuest(name, process, console, output)
-        console.is_alive = lambda: process.poll() is None
-        self._plain.append(made)
+        made = self._start(name, [*program, *argv[1:]], console, pass_fds=pass_fds)
+
+        def again() -> None:
+            # A program of ours that fails isn't tried again.
+            if made.process.poll() == 0:
+                made.process = self._start(name, [*program, *argv[1:]], console).process
+
+        if not pass_fds:
+            console.again = again
+        console.is_alive = lambda: made.process.poll() is None
         return made
 
     def program(self, name: str, argv: Sequence[str], console: Path) -> PlainGuest:
         """Start a program that runs a guest whose console is known, in the console's directory."""
-        output = self.directory / f"{name}.out"
-        with output.open("wb") as sink:
+        made = self._start(name, argv, Console(console), cwd=console.parent)
+        made.console.is_alive = lambda: made.process.poll() is None
+        return made
+
+    def _start(self, name: str, argv: Sequence[str], console: Console, **more: Any) -> PlainGuest:
+        console.output = self.directory / f"{name}.out"
+        with console.output.open("wb") as sink:
             process = subprocess.Popen(
                 [*argv],
-                cwd=console.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                **more,
             )
-        made = PlainGuest(name, process, Console(console, lambda: process.poll() is None), output)
-        self._plain.append(made)
+        self._plain.append(made := PlainGuest(name, process, console))
         return made
 
     def daemonized(self, pid: int) -> int:
@@ -238,6 +252,9 @@ class Guests:
                     os.kill(pid, signal.SIGKILL)
             plain.process.wait(60)
             wait_until(lambda sid=plain.pid: not _session(sid), f"{plain.name} is gone")
+        if self._plain:
+            # What was killed with its wrapper left claims: the next test is to find none.
+            subprocess.run([VNET_LOCK, "gc"], capture_output=True, timeout=120, check=False)
         for made in reversed(self._libvirt):
             virsh("destroy", made.uuid, check=False)
             virsh("undefine", made.uuid, check=False)

@@ -58,6 +58,15 @@ def unpack(cache: Path = TOP / ".lab") -> Path:
     return folder
 
 
+def is_offered() -> bool:
+    """Whether there is an older one than the one that is installed."""
+    try:
+        _versions()
+    except (NoOlder, FileNotFoundError):  # no Debian
+        return False
+    return True
+
+
 def _versions() -> tuple[str, str]:
     """The version that is installed, and the newest that is older."""
     installed = _run(["dpkg-query", "-W", "-f", "${Version}", "libvirt-daemon"])

@@ -22,7 +22,7 @@ OF_THE_LINK = ("ifindex", "operstate", "flags", "mac")
 UUID = "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a99"
 MAC = "52:54:00:00:09:01"
 # A q35 machine has no free port of its own to plug something in.
-PORTS = "<controller type='pci' model='pcie-root-port'/>" * 2
+PORTS = "<controller type='pci' model='pcie-root'/>" + "<controller type='pci' model='pcie-root-port'/>" * 3
 
 
 def late(name: str) -> str:
@@ -157,11 +157,8 @@ def test_a_start_that_is_killed_leaves_no_claim_without_a_guest(lab: Nic, guests
     wait_until(lambda: os.path.isdir(CLAIMS) and os.listdir(CLAIMS), "the VF is claimed")
     starting.send_signal(signal.SIGKILL)
     starting.wait(30)
-    # libvirt goes on with what it was asked, if it was.
-    virsh("domstate", made.uuid)
-    if made.state == "running":
-        assert owner_of(lab.vfs[0]) == "killed"
-        made.destroy()
+    # libvirt does what it was asked to, if it was, and then ends it.
+    made.destroy(check=False)
     assert vnet_lock("gc").returncode == 0
     nothing_is_left(lab, before)
 

@@ -30,7 +30,11 @@ def looks(nic: Nic, index: int) -> dict[str, object]:
 
 
 def network_xml(name: str, mac: str) -> str:
-    return f"<interface type='network'><mac address='{mac}'/><source network='{name}'/></interface>"
+    # Without a model it would be one that no port of PCI Express takes.
+    return (
+        f"<interface type='network'><mac address='{mac}'/><source network='{name}'/><model type='virtio'/>"
+        "</interface>"
+    )
 
 
 def shares(nic: Nic) -> int:
@@ -105,16 +109,16 @@ def test_a_network_gives_out_no_device_of_anothers(lab: Nic, guests: Guests) -> 
     # A daemon that starts tells the hook of all ports again.
     pid = int(DAEMON.read_text())
     os.kill(pid, signal.SIGTERM)
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "libvirtd is gone")
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "libvirtd is gone", 120)
     run("libvirtd", "-d", deadline_s=120)
     wait_until(lambda: virsh("list", check=False).returncode == 0, "libvirtd answers", 180)
     assert (running.state, owner_of(first), shares(lab)) == ("running", "running", 1)
     running.console.ready()
     unplug(running, pool)
     unplug(running, vepa)
-    wait_until(lambda: not os.listdir(CLAIMS), "both are given back")
+    wait_until(lambda: not os.listdir(CLAIMS), "both are given back", 120)
     assert running.state == "running"
-    wait_until(lambda: first.netdev, "the VF has its driver again")
+    wait_until(lambda: first.netdev, "the VF has its driver again", 120)
     assert looks(lab, 0) == before
 
 
@@ -123,7 +127,8 @@ def test_watch_claims_what_is_plugged_in_raw_and_keeps_it_out_of_networks(
     lab: Nic, guests: Guests, watch: Callable[[], str]
 ) -> None:
     first, second = lab.vfs
-    run("vnet-lock", "claim", f"vf:{first.pci}", "--pid", str(os.getpid()), "--name", "somebody")
+    done = vnet_lock("claim", f"vf:{first.pci}", "--pid", str(os.getpid()), "--name", "somebody")
+    assert done.returncode == 0, done.stderr
     wait_until(
         lambda: re.search("[0-9a-f]{8}-", virsh("net-port-list", "lab-pool").stdout), "libvirt is told"
     )
@@ -132,18 +137,18 @@ def test_watch_claims_what_is_plugged_in_raw_and_keeps_it_out_of_networks(
     made.console.ready()
     taken, direct = hostdev_xml(first, "52:54:00:00:0a:02"), direct_xml(lab.pf, "52:54:00:00:0a:03", "vepa")
     assert plug(made, direct).returncode == 0
-    wait_until(lambda: shares(lab) == 1, "its share of the PF is claimed")
+    wait_until(lambda: shares(lab) == 1, "its share of the PF is claimed", 120)
     assert plug(made, taken).returncode == 0
-    wait_until(lambda: "conflict" in watch(), "the conflict is told")
+    wait_until(lambda: "conflict" in watch(), "the conflict is told", 120)
     assert f'conflict: guest "watched" has {first.pci}, but VF {first.pci} is held by process' in watch()
     found = json.loads(vnet_lock("status", "--json").stdout)["findings"]
     assert [(one["kind"], one["resource"]) for one in found] == [("conflict", f"vf:{first.pci}")]
     unplug(made, taken)
-    wait_until(lambda: first.netdev, "the VF has its driver again")
-    run("vnet-lock", "release", f"vf:{first.pci}")
+    wait_until(lambda: first.netdev, "the VF has its driver again", 120)
+    assert vnet_lock("release", f"vf:{first.pci}").returncode == 0
     assert plug(made, taken).returncode == 0
-    wait_until(lambda: owner_of(first) == "watched", "it is claimed")
+    wait_until(lambda: owner_of(first) == "watched", "it is claimed", 120)
     unplug(made, taken)
     unplug(made, direct)
-    wait_until(lambda: (owner_of(first), shares(lab)) == (None, 0), "both are given back")
+    wait_until(lambda: (owner_of(first), shares(lab)) == (None, 0), "both are given back", 120)
     assert owner_of(second) == "watched"

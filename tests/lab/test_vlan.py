@@ -138,7 +138,15 @@ def test_what_fails_behind_the_vlan_device_takes_it_back(wire: str) -> None:
     assert not Path(f"/sys/class/net/{own_name(wire, 42)}").exists()
 
 
-def test_two_guests_talk_in_their_vlan_tagged_on_the_wire(wire: str, guests: Guests) -> None:
+@pytest.mark.parametrize("port", ["macvlan", "bridge"])
+def test_two_guests_talk_in_their_vlan_tagged_on_the_wire(wire: str, guests: Guests, port: str) -> None:
+    lower = wire
+    if port == "bridge":
+        lower = "br42"
+        run("ip", "link", "add", lower, "type", "bridge", "vlan_filtering", "1", "forward_delay", "0")
+        run("ip", "link", "set", wire, "master", lower)
+        run("bridge", "vlan", "add", "dev", wire, "vid", "42")
+        run("ip", "link", "set", lower, "up")
     run("ip", "link", "add", "link", "peer0", "name", "peer0.42", "type", "vlan", "id", "42")
     run("ip", "address", "add", f"{HOST}/24", "dev", "peer0.42")
     run("ip", "link", "set", "peer0.42", "up")
@@ -146,23 +154,26 @@ def test_two_guests_talk_in_their_vlan_tagged_on_the_wire(wire: str, guests: Gue
         tap.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
         tap.bind(("peer0", 3))
         tap.settimeout(0.5)
-        first = start(guests, "first", "10.7.0.2", HOST, wire)
+        first = start(guests, "first", "10.7.0.2", HOST, port, lower)
         assert first.console.ready()["ping"] == "3/3"
         tags = tags_of(tap, "52:54:00:00:42:02")
     assert tags == {42}
-    second = start(guests, "second", "10.7.0.3", "10.7.0.2", wire)
+    second = start(guests, "second", "10.7.0.3", "10.7.0.2", port, lower)
     assert second.console.ready()["ping"] == "3/3"
     name = own_name(wire, 42)
-    assert Path(f"/sys/class/net/{name}").exists()
+    assert Path(f"/sys/class/net/{name}").exists() == (port == "macvlan")
     end(first)
     assert second.console.ask(f"ping {HOST}")["ping"] == "3/3"
     end(second)
     assert not Path(f"/sys/class/net/{name}").exists()
     run("ip", "link", "delete", "peer0.42")
+    if port == "bridge":
+        assert not list(Path(f"/sys/class/net/{lower}").glob("lower_tap*"))
+        run("ip", "link", "delete", lower)
 
 
-def start(guests: Guests, name: str, address: str, target: str, lower: str) -> PlainGuest:
-    network = f"host,id=net0,mode=veb,port=macvlan,dev={lower},vlan=42,protocols=tap"
+def start(guests: Guests, name: str, address: str, target: str, port: str, lower: str) -> PlainGuest:
+    network = f"host,id=net0,mode=veb,port={port},dev={lower},vlan=42,protocols=tap"
     device = f"virtio-net-pci,netdev=net0,mac=52:54:00:00:42:0{address[-1]},romfile="
     return guests.qemu(
         name, ["-netdev", network, "-device", device], program=["vnet-qemu"], ip=f"{address}/24", ping=target

@@ -39,6 +39,8 @@ LOST = 125
 MEMORY_MB = 2750
 # vng mounts a tmpfs over these.
 _HIDDEN = ("/var/tmp", "/var/log", "/run", "/dev/shm")
+# No router there gives out addresses: a host's are its tests'.
+CABLE = "user,ipv6=off"
 # What a boot and the collecting of logs may take beside the command itself.
 BOOT_S = 150
 DEFAULT_DEADLINE_S = 1800
@@ -101,7 +103,7 @@ class Vm:
             "--qemu-opts=-device pcie-root-port,id=rp0,chassis=1,slot=1",
             # A NIC without SR-IOV, for a guest that takes a whole one.
             "--qemu-opts=-device pcie-root-port,id=rp1,chassis=2,slot=2",
-            "--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev user,id=plain",
+            f"--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev {CABLE},id=plain",
             # A switch outside: on it are the lab's NIC, that of another host in the same VM, and that of a
             # machine without guests (see two_hosts.py).
             "--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev hubport,id=cable,hubid=0",

@@ -324,7 +324,7 @@ def test_a_plan_of_words_takes_a_free_vf_and_says_why_not_the_others(host, run):
     "words",
     [
         ("--mode", "magic", "--dev", "eth0"),
-        ("--mode", "veb"),
+        ("--mode", "veb", "--dev", "eth0", "--pool", "fabric-a"),
         ("--dev", "eth0"),
         (),
         ("--mode", "veb", "--dev", "eth0", "--vlan", "4095"),
@@ -340,6 +340,12 @@ def test_a_plan_of_nonsense_is_bad_input(run, words):
     assert (code, out) == (2, "")
     assert err.startswith("vnet-lock: ")
     assert "-netdev" not in err
+
+
+def test_a_plan_without_a_device_is_refused_where_the_host_has_no_default(run):
+    code, out, err = run("plan", "--mode", "veb")
+    assert (code, out) == (2, "net0: veb: refused\n")
+    assert err.startswith("vnet-lock: net0: dev= is missing")
 
 
 def test_malformed_xml_is_bad_input(host, run, tmp_path):

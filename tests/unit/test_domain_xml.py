@@ -114,6 +114,9 @@ def test_the_examples_of_intents_ask_for_just_these() -> None:
     assert isinstance(routed, Intent)
     assert (routed.policy, routed.devs, routed.backends) == (Policy.ROUTE, ("enp1s0",), taps)
     assert routed.addresses == ("192.0.2.7", "2001:db8::7")
+    (served,) = example("intent-vhostuser.xml")
+    assert isinstance(served, Intent)
+    assert (served.backends, served.socket) == ((Backend.SOCKET_VHOST,), "/run/vnet-lock/web8-net0.sock")
     (nat,) = example("intent-nat.xml")
     assert isinstance(nat, Intent)
     assert (nat.policy, nat.devs, nat.backends, nat.dhcp) == (Policy.NAT, (), taps, True)
@@ -268,7 +271,6 @@ def intent(**attributes: str) -> str:
         (intent(port="wire"), "'wire'"),
         (intent(port="bridge"), "policy vepa has no port bridge; it has macvlan, sriov"),
         (intent(backends="tun"), "'tun'"),
-        (intent(dev=""), "dev= is missing"),
         (intent(dev="a/b"), "'a/b'"),
         (intent(policy="route"), 'needs the guest\'s own address: add ip="192.0.2.7"'),
         (intent(ip="192.0.2.7"), "policy vepa takes no ip="),
@@ -279,7 +281,7 @@ def intent(**attributes: str) -> str:
         (intent(policy="route", ip="::ffff:192.0.2.7"), "is reserved"),
         (intent(policy="nat", dhcp="yes"), "dhcp 'yes' is neither on nor off"),
         (intent(dhcp="on"), "policy vepa has no DHCP server"),
-        (intent(dev="", pool="fabric-a"), "pools are not supported yet; name the device with dev="),
+        (intent(pool="fabric-a"), "dev= and pool= exclude each other"),
         (
             intent(backends="vfio"),
             "it is plugged in later, so no <interface> of the definition has its alias",
@@ -400,7 +402,7 @@ def test_an_interface_that_is_resolved_to_something_else_than_its_intent_is_refu
         read_guest(domain(RESOLVED[form], intent(policy=policy)))
 
 
-@pytest.mark.parametrize("kind", ["network", "vhostuser", "ethernet"])
+@pytest.mark.parametrize("kind", ["network", "mcast", "ethernet"])
 def test_who_writes_interfaces_anew_may_find_any_form_or_none(kind: str) -> None:
     xml = domain(f"<interface type='{kind}'><alias name='ua-net0'/></interface>", INTENT)
     _, (wish,) = read_wishes(xml)
@@ -408,6 +410,53 @@ def test_who_writes_interfaces_anew_may_find_any_form_or_none(kind: str) -> None
     guest, (wish,) = read_wishes(domain(PLUGGED, INTENT))
     assert [one.interface for one in guest.requests] == ["ua-vf0"]
     assert (wish.kind, wish.is_resolved) == ("", False)
+
+
+VHOST_USER = """<interface type='vhostuser'><mac address='52:54:00:aa:00:01'/>
+  <source type='unix' path='/run/vnet-lock/g.sock' mode='client'/><alias name='ua-net0'/></interface>"""
+SHARED = b"<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
+
+
+def vhost_user(devices: str = VHOST_USER, wish: str = INTENT, memory: bytes = SHARED) -> bytes:
+    return domain(devices, wish).replace(b"<devices>", memory + b"<devices>")
+
+
+def test_a_vhostuser_interface_takes_a_socket_that_vhost_serves() -> None:
+    (found,) = read_guest(vhost_user()).requests
+    assert isinstance(found, Intent)
+    assert (found.backends, found.socket) == ((Backend.SOCKET_VHOST,), "/run/vnet-lock/g.sock")
+    numa = b"<cpu><numa><cell id='0' memAccess='shared'/></numa></cpu>"
+    assert read_guest(vhost_user(memory=numa)).requests == (found,)
+    assert read_guest(domain(VHOST_USER)).requests == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (vhost_user(memory=b""), BadInput, "ua-net0: .* memory shared: add <memoryBacking>"),
+        (
+            vhost_user(memory=SHARED + b"<cpu><numa><cell id='0' memAccess='private'/></numa></cpu>"),
+            BadInput,
+            "shared",
+        ),
+        (
+            vhost_user(VHOST_USER.replace("client", "server")),
+            BadInput,
+            "needs <source type='unix' .* mode='client'/>",
+        ),
+        (
+            vhost_user(wish=intent(backends="tap")),
+            Unsupported,
+            r'no backend tap late; use backends="socket\+vhost"',
+        ),
+        (vhost_user(wish=intent(policy="route", ip="192.0.2.7", port="none")), Unsupported, "no combination"),
+    ],
+)
+def test_a_vhostuser_interface_that_can_not_be_served_is_refused(
+    given: bytes, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        read_guest(given)
 
 
 def test_a_port_without_any_tap_is_refused() -> None:

@@ -11,8 +11,11 @@ import pytest
 
 from tests.fake_host import VFIO, FakeHost
 from vnet_lock.claims import ClaimTable
-from vnet_lock.front.cli import main
-from vnet_lock.front.libvirt_client import Libvirt
+from vnet_lock.errors import BadInput, Unsupported, VnetLockError
+from vnet_lock.front import domains
+from vnet_lock.front.cli import main, parser
+from vnet_lock.front.command import serve
+from vnet_lock.front.libvirt_client import Disconnected, Libvirt
 from vnet_lock.model import Claim, Mode, PciAddress, Resource, State
 
 PF = PciAddress.parse("0000:01:00.0")
@@ -142,6 +145,16 @@ def test_an_interface_that_only_the_metadata_has_is_written(run, write):
     assert "<mac address='52:54:00:00:00:02'/>" in out
 
 
+def test_a_vf_comes_from_the_pool_that_is_asked_for(host, run, write):
+    path = Path(host.settings.config_path)
+    path.parent.mkdir(parents=True)
+    path.write_text('[pools.a]\npf = ["eth0"]\nvfs = "2"\n')
+    code, out, err = run("resolve", write(ON_VF.replace('dev="eth0"', 'pool="a"')))
+    assert (code, err) == (0, "")
+    assert "slot='0x10' function='0x4'" in out
+    assert 'pool="a"' in out
+
+
 def test_two_interfaces_never_get_one_vf(run, write):
     words = '<vnet:interface alias="ua-vf{}" policy="veb" dev="eth0" backends="vfio"/>'
     code, out, _ = run("resolve", write(ON_VF, words.format(1), words.format(2)))
@@ -174,6 +187,13 @@ def test_an_intent_that_cannot_be_had_is_refused(run, write, intent, code, said)
     assert found[:2] == (code, "")
     assert "ua-net0" in found[2]
     assert said in found[2]
+
+
+def test_a_file_that_is_no_utf_8_is_bad_input(run, tmp_path, libvirt):
+    path = tmp_path / "odd.xml"
+    path.write_bytes(b"<?xml version='1.0' encoding='latin1'?><domain><name>\xe4</name></domain>")
+    code, _, err = run("define", "-c", URI, str(path))
+    assert (code, "iconv" in err) == (2, True)
 
 
 def test_a_file_that_is_no_guest_is_bad_input(run, tmp_path):
@@ -248,3 +268,200 @@ def test_a_daemon_that_is_not_this_hosts_own_is_refused(run, monkeypatch, uri):
     code, _, err = run("start", "-c", uri, "web1")
     assert code == 5
     assert uri in err
+
+
+# --- attach, detach: by hand, as libvirt's driver for tests plugs in no interfaces ------------------
+
+WORDS = ("--mode", "veb", "--port", "sriov", "--dev", "eth0", "--protocols", "vfio")
+UUID = "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1aff"
+
+
+class FakeDomain:
+    """A guest that has what was plugged in."""
+
+    name, uuid = "web1", UUID
+
+    def __init__(self) -> None:
+        self.is_active = True
+        self.refusal: VnetLockError | None = None
+        self.devices = ["<interface type='user'><alias name='ua-net0'/></interface>"]
+        self.lets_go = True
+
+    def read_xml(self) -> str:
+        return f"<domain><name>web1</name><devices>{''.join(self.devices)}</devices></domain>"
+
+    def attach(self, xml: str) -> None:
+        if self.refusal:
+            raise self.refusal
+        self.devices.append(xml)
+
+    def detach_alias(self, alias: str) -> None:
+        if self.lets_go:
+            self.devices = [one for one in self.devices if f"'{alias}'" not in one]
+
+
+class FakeLibvirt:
+    """A connection to a host with one guest."""
+
+    def __init__(self, domain: FakeDomain) -> None:
+        self.domain = domain
+
+    def __enter__(self) -> FakeLibvirt:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def find(self, name: str) -> FakeDomain:
+        if name not in (self.domain.name, self.domain.uuid):
+            raise BadInput(f'guest "{name}": Domain not found')
+        return self.domain
+
+    def listen(self, _domain: FakeDomain) -> None: ...
+
+    def events(self, _timeout_s: float) -> Iterator[object]:
+        return iter(())
+
+
+@pytest.fixture
+def guest() -> FakeDomain:
+    return FakeDomain()
+
+
+@pytest.fixture
+def plug(host, guest, capsys):
+    """Run attach or detach; returns its exit code, output and errors."""
+
+    def plug(verb: str, *words: str) -> tuple[int, str, str]:
+        args = parser().parse_args([verb, *words])
+        perform = getattr(domains, verb)
+        code = serve("vnet-lock", lambda: perform(host.settings, args, lambda _: FakeLibvirt(guest)))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return plug
+
+
+def test_attaching_claims_what_is_free_and_a_second_takes_the_next(host, plug, guest):
+    claim(host, host.vfs[0], 50)
+    for number, vf in ((1, host.vfs[1]), (2, host.vfs[2])):
+        code, out, err = plug("attach", "web1", *WORDS, "--vlan", "7")
+        assert (code, err) == (0, "")
+        assert out == f'interface ua-net{number} is attached to guest "web1": VF {vf.text}\n'
+        (found,) = [each for each in claims(host) if each.resource == Resource.vf(vf)]
+        assert (found.interface, found.state, found.vlan) == (f"ua-net{number}", State.ACTIVE, 7)
+        assert (found.owner.uuid, found.combination) == (UUID, "veb-sriov-vfio")
+        assert found.mac is not None
+        assert f"<mac address='{found.mac}'/>" in guest.devices[-1]
+    code, out, err = plug("attach", "web1", *WORDS, "--alias", "ua-third")
+    assert (code, out) == (4, "")
+    assert err.startswith("vnet-lock: ua-third: nothing free for veb on eth0: VF 0000:01:10.0 is held by")
+    assert len(claims(host)) == 3
+
+
+def test_a_private_guest_that_is_plugged_in_stays_private(host, plug):
+    assert plug("attach", "web1", "--mode", "private", *WORDS[2:], "--vlan", "7")[0] == 0
+    assert claims(host)[0].combination == "private-sriov-vfio"
+
+
+def test_attaching_a_device_of_a_file_claims_it_before(host, plug, guest, tmp_path):
+    claim(host, host.vfs[0], 50)
+    path = tmp_path / "device.xml"
+    text = (
+        "<?xml version='1.0'?><interface type='hostdev' managed='yes'><mac address='52:54:00:00:00:09'/>"
+        "<source><address type='pci' bus='1' slot='16' function='{}'/></source></interface>"
+    )
+    path.write_text(text.format(0))
+    code, out, err = plug("attach", "web1", str(path))
+    assert (code, out) == (4, "")
+    assert "VF 0000:01:10.0 is held by qemu" in err
+    assert len(guest.devices) == 1
+    path.write_text(text.format(2))
+    assert plug("attach", "web1", str(path))[:2] == (
+        0, 'interface 52:54:00:00:00:09 is attached to guest "web1": VF 0000:01:10.2\n',
+    )  # fmt: skip
+    assert guest.devices[1:] == [text.format(2).partition("?>")[2]]
+
+
+def test_a_vf_is_teamed_with_an_interface_of_the_guest(host, plug, guest):
+    guest.devices.append(
+        "<interface type='user'><mac address='52:54:00:00:00:AB'/><alias name='ua-s'/></interface>"
+    )
+    code, _, err = plug("attach", "web1", *WORDS, "--teaming", "ua-s")
+    assert (code, err) == (0, "")
+    assert "<teaming type='transient' persistent='ua-s'/>" in guest.devices[-1]
+    assert "<mac address='52:54:00:00:00:ab'/>" in guest.devices[-1]
+    assert claims(host)[0].mac == "52:54:00:00:00:ab"
+    assert plug("attach", "web1", *WORDS, "--teaming", "ua-none")[0] == 2
+    assert plug("attach", "web1", *WORDS[:-1], "tap", "--teaming", "ua-s")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["", "<interface/><interface/>", "<disk/>", "<interface"])
+def test_a_file_without_one_device_is_refused(plug, tmp_path, text):
+    path = tmp_path / "device.xml"
+    path.write_text(text)
+    assert plug("attach", "web1", str(path))[:2] == (2, "")
+
+
+def test_where_libvirt_refuses_a_device_nothing_stays_claimed(host, plug, guest):
+    guest.refusal = Unsupported('guest "web1": no more available PCI slots')
+    code, out, err = plug("attach", "web1", *WORDS)
+    assert (code, out) == (5, "")
+    assert err == 'vnet-lock: interface ua-net1: guest "web1": no more available PCI slots\n'
+    assert claims(host) == []
+
+
+def test_where_the_daemon_is_lost_the_claim_stays_with_the_guest(host, plug, guest):
+    """It may have plugged the device in."""
+    guest.refusal = Disconnected("libvirt is gone")
+    assert plug("attach", "web1", *WORDS)[0] == 1
+    (found,) = claims(host)
+    assert (found.state, found.owner.pid_file) == (State.ACTIVE, f"{host.settings.libvirt_run}/qemu/web1.pid")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("nobody",), 2, "nobody"),
+        (("web1",), 2, "--mode and --dev"),
+        (("web1", *WORDS, "--alias", "ua-net0"), 2, "has an interface ua-net0 already"),
+        (("web1", *WORDS[:-1], "socket"), 5, "socket"),
+    ],
+)
+def test_what_cannot_be_attached_is_said(host, plug, words, code, said):
+    found = plug("attach", *words)
+    assert found[:2] == (code, "")
+    assert said in found[2]
+    assert claims(host) == []
+
+
+def test_nothing_is_attached_to_a_guest_that_does_not_run(plug, guest):
+    guest.is_active = False
+    code, _, err = plug("attach", "web1", *WORDS)
+    assert (code, "isn't running" in err) == (1, True)
+
+
+def test_detaching_gives_back_what_that_interface_had_and_no_more(host, plug, guest):
+    for _ in range(2):
+        assert plug("attach", "web1", *WORDS)[0] == 0
+    assert plug("detach", "web1", "ua-net1") == (
+        0, 'interface ua-net1 is detached from guest "web1"\n', "",
+    )  # fmt: skip
+    assert len(guest.devices) == 2
+    assert [each.interface for each in claims(host)] == ["ua-net2"]
+    code, _, err = plug("detach", "web1", "ua-net1")
+    assert (code, 'guest "web1" has no interface ua-net1' in err) == (2, True)
+
+
+def test_detaching_what_libvirt_has_lost_gives_back_its_claim(host, plug, guest):
+    assert plug("attach", "web1", *WORDS)[0] == 0
+    guest.devices.pop()
+    assert plug("detach", "web1", "ua-net1")[0] == 0
+    assert claims(host) == []
+
+
+def test_what_a_guest_does_not_let_go_of_stays_claimed(host, plug, guest):
+    assert plug("attach", "web1", *WORDS)[0] == 0
+    guest.lets_go = False
+    code, _, err = plug("detach", "web1", "ua-net1", "--timeout", "1")
+    assert (code, "it stays claimed" in err) == (1, True)
+    assert [each.interface for each in claims(host)] == ["ua-net1"]

@@ -70,7 +70,7 @@ def test_only_what_can_be_handed_over_is_asked_for(protocols, as_json, backends)
     ("line", "as_json", "error", "words"),
     [
         ("--dev=eth0", True, BadInput, "mode= is missing"),
-        ("--mode=vepa", True, BadInput, "dev= is missing"),
+        ("--mode=vepa --dev=eth0 --pool=a", True, BadInput, "dev= and pool= exclude each other"),
         ("--mode=vepa --mode=veb --dev=eth0", True, BadInput, "mode= is there twice"),
         ("--mode=vepa --dev=a/b", True, BadInput, '"a/b" is neither'),
         ("--mode=vepa --dev=eth0 --protocols=tap,shiny", True, BadInput, "shiny"),
@@ -154,7 +154,7 @@ def test_a_socket_that_takes_no_descriptors_is_refused(target, tmp_path):
     ("line", "words"),
     [
         ("--mode=vepa --dev=eth0 --shiny", "unknown word '--shiny'"),
-        ("--mode=vepa", "dev= is missing"),
+        ("--dev=eth0", "mode= is missing"),
         ("--mode=vepa --dev=eth0 --fd=0", "only one of"),
         # Ours are both ends here.
         ("--mode=vepa --dev=eth0", "one of our own"),

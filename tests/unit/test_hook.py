@@ -67,8 +67,8 @@ class Fake:
         self._ask("acquire", owner, requests)
         return ()
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> None:
-        self._ask("adopt", owner, requests)
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> None:
+        self._ask("adopt running" if running else "adopt", owner, requests)
 
     def reserve(self, owner: Owner, requests: Iterable[Request], operation: str) -> tuple[Assignment, ...]:
         self._ask(f"reserve for {operation}", owner, requests)
@@ -158,7 +158,7 @@ def test_what_libvirt_chose_is_adopted_and_no_intent_is_planned_again(host: Fake
     teaming = (XML / "teaming.xml").read_bytes()
     assert run_with(fake, host.settings, operation, teaming) == (0, Told())
     ((verb, _, requests),) = fake.asked
-    assert verb == "adopt"
+    assert verb == {"start": "adopt", "reconnect": "adopt running"}[operation]
     assert [type(request) for request in requests] == [Fixed]
     assert run_with(fake, host.settings, "prepare", teaming)[0] == 0
     assert {type(request) for request in fake.asked[-1][2]} == {Fixed, Intent}
@@ -559,7 +559,8 @@ class Slow:
         finally:
             open("undone", "w").close()
             time.sleep(float(sys.argv[4]))
-    adopt = acquire
+    def adopt(self, owner, requests, running):
+        self.acquire(owner, requests)
     def release(self, owner):
         self.acquire(owner, ())
 call = hook.Call(hook.Settings.under(sys.argv[3]), os.getppid(), "a", sys.argv[2], sys.stdin.buffer.read())

@@ -220,3 +220,17 @@ def test_what_makes_no_sense_refuses_a_new_port_and_nothing_else(host: FakeHost)
     assert hook(host, "port-created", b"<domain/>")[0] == 1
     status, told = hook(host, "port-deleted", b"<domain/>")
     assert (status, len(told.logged)) == (0, 1)
+
+
+def test_what_an_earlier_start_left_is_given_back_before_this_one(host: FakeHost) -> None:
+    """Else whoever heals it would give this guest's VF back under it."""
+    assert hook(host, "port-created", told_of(plug_of(VF0)))[0] == 0
+    with ClaimTable(host.settings).guarded() as writer:
+        (old,) = writer.read().records
+        assert old.owner.process is not None
+        dead = replace(old.owner.process, start_ticks=1)
+        writer.replace(replace(old, owner=replace(old.owner, process=dead)))
+    assert hook(host, "port-created", told_of(plug_of(VF0))) == (0, Told())
+    (new,) = ClaimTable(host.settings).read().records
+    assert new.token != old.token
+    assert new.owner.process == read_daemon(host.settings)

@@ -20,7 +20,7 @@ from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
 VERBS = (
-    *("status", "show", "plan", "matrix", "claim", "release", "gc", "reap", "watch", "vfs"),
+    *("status", "show", "plan", "matrix", "claim", "release", "gc", "doctor", "reap", "watch", "vfs"),
     *("resolve", "define", "start", "attach", "detach", "hooks"),
 )
 

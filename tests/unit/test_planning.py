@@ -8,6 +8,7 @@ import pytest
 
 from vnet_lock import ports
 from vnet_lock.combination import Backend, Policy, Port
+from vnet_lock.journal import Link
 from vnet_lock.model import (
     Claim,
     Claims,
@@ -517,6 +518,18 @@ def test_a_kernel_without_vlan_devices_is_said() -> None:
 def test_a_combination_that_does_not_exist_is_bad_input() -> None:
     request = Intent("net0", Policy.NAT, ("enp1",), (Port.SRIOV,), (Backend.VFIO,))
     assert "it goes with" in refused(decide(host(pf(PF_A, "enp1", 1)), request), RefusalKind.INVALID)
+
+
+def test_who_has_a_device_is_said_though_its_name_is_out_of_sight() -> None:
+    taken = replace(
+        claim(DB, Resource.pf(PF_B)), journal=(Link(PF_B.text, "52:54:00:aa:00:01", 1500, True, name="eno2"),)
+    )
+    want = Intent("net0", Policy.PRIVATE, ("eno2",), (Port.PHYSDEV,), (Backend.SOCKET,))
+    inventory = host(pf(PF_A, "eno1", 1))
+    assert "no network device 'eno2' here" in refused(decide(inventory, want), RefusalKind.INVALID)
+    message = refused(decide(inventory, want, claims=(taken,)))
+    assert 'is held by guest "db"' in message
+    assert f"vnet-lock show pf:{PF_B}" in message
 
 
 def test_a_plain_hostdev_that_is_no_network_device_is_none_of_ours() -> None:

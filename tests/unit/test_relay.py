@@ -12,7 +12,8 @@ import pytest
 
 from vnet_lock.backends import socket as backend
 from vnet_lock.datapath.batch import Batch
-from vnet_lock.datapath.relay import _HEADER, GuestGone, ToGuest, Way, _read_tag
+from vnet_lock.datapath.relay import _HEADER, FromStream, GuestGone, ToGuest, ToStream, Way, _read_tag
+from vnet_lock.datapath.stream import packed
 from vnet_lock.settings import Settings
 
 Ends = tuple[socket.socket, socket.socket]
@@ -98,6 +99,102 @@ def test_the_end_of_a_guest_is_no_dropped_frame(pairs: tuple[Ends, Ends]) -> Non
     pairs[0][1].send(bytes(_HEADER) + b"lost" * 20)
     with pytest.raises(GuestGone):
         carried.carry()
+
+
+# --- QEMU's -netdev stream ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stream() -> Iterator[Ends]:
+    """The relay's end, and QEMU's."""
+    with ExitStack() as stack:
+        ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        for end in ends:
+            stack.enter_context(end)
+        ends[1].settimeout(5)
+        yield ends
+
+
+def read_frames(end: socket.socket, count: int) -> list[bytes]:
+    file = end.makefile("rb")
+    return [file.read(int.from_bytes(file.read(4))) for _ in range(count)]
+
+
+def test_a_stream_has_each_frame_after_its_length(pairs: tuple[Ends, Ends], stream: Ends) -> None:
+    carried = ToStream(pairs[0][0], stream[0], Batch(4, send_at=_HEADER, has_control=True))
+    # One whose checksum is missing is made whole, so it doesn't go from its slot.
+    partial = struct.pack("=BBHHHH", 1, 0, 0, 0, 14, 2)
+    for packet in (bytes(_HEADER) + b"a" * 60, partial + b"b" * 60, bytes(_HEADER) + b"c" * 9000):
+        pairs[0][1].send(packet)
+    carried.carry()
+    first, second, third = read_frames(stream[1], 3)
+    assert (first, third) == (b"a" * 60, b"c" * 9000)
+    assert second[:16] == b"b" * 16
+    assert second[16:18] != b"bb"
+    assert not carried.waiting
+
+
+def test_a_frame_that_a_stream_took_in_part_is_followed_by_its_rest(
+    pairs: tuple[Ends, Ends], stream: Ends
+) -> None:
+    stream[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    carried = ToStream(pairs[0][0], stream[0], Batch(4, send_at=_HEADER, has_control=True))
+    sent = []
+    while not carried.waiting:
+        sent.append(bytes([len(sent)]) * 5000)
+        pairs[0][1].send(bytes(_HEADER) + sent[-1])
+        carried.carry()
+    got = b""
+    while len(got) < sum(4 + len(frame) for frame in sent):
+        got += stream[1].recv(777)
+        carried.send()
+    assert got == bytes(packed(sent))
+
+
+@pytest.mark.parametrize("step", [1, 3, 64, 5000])
+def test_frames_of_a_stream_are_found_wherever_it_is_cut(
+    pairs: tuple[Ends, Ends], stream: Ends, step: int
+) -> None:
+    carried = FromStream(stream[0], pairs[1][0], Batch(4, receive_at=_HEADER))
+    frames = [bytes([number]) * size for number, size in enumerate((60, 1514, 61, 62, 60, 60, 1514))]
+    data = bytes(packed(frames))
+    got = []
+    pairs[1][1].setblocking(False)
+    for at in range(0, len(data), step):
+        stream[1].send(data[at : at + step])
+        carried.carry()
+        while len(got) < len(frames):
+            try:
+                got.append(pairs[1][1].recv(70000))
+            except BlockingIOError:
+                break
+    assert got == [bytes(_HEADER) + frame for frame in frames]
+
+
+def test_more_frames_than_slots_are_sent_in_order(pairs: tuple[Ends, Ends], stream: Ends) -> None:
+    carried = FromStream(stream[0], pairs[1][0], Batch(4, receive_at=_HEADER))
+    frames = [struct.pack(">I", number) * 15 for number in range(50)]
+    stream[1].send(packed(frames))
+    carried.carry()
+    got = []
+    while len(got) < len(frames):
+        got.append(pairs[1][1].recv(1000)[_HEADER:])
+        carried.send()
+    assert got == frames
+
+
+@pytest.mark.parametrize("end", [b"", struct.pack(">I", 1 << 20) + b"x"], ids=["closed", "no frame"])
+def test_a_stream_that_ends_or_makes_no_sense_is_a_guest_that_is_gone(
+    pairs: tuple[Ends, Ends], stream: Ends, end: bytes
+) -> None:
+    carried = FromStream(stream[0], pairs[1][0], Batch(4, receive_at=_HEADER))
+    stream[1].send(end)
+    stream[1].close()
+    with pytest.raises(GuestGone):
+        carried.carry()
+
+
+# --- tags -----------------------------------------------------------------------------------------
 
 
 def auxdata(status: int, tci: int, tpid: int, *, kind: int = AUXDATA) -> bytes:

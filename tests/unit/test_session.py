@@ -567,6 +567,31 @@ def test_a_dead_guests_claim_is_no_obstacle_to_adopting(host: FakeHost, session:
     assert held(host) == {f"vf:{host.vfs[0]}": "web"}
 
 
+@pytest.mark.parametrize("state", [State.RESERVED, State.RELEASING])
+def test_what_a_dead_process_left_half_done_of_the_guests_own_is_adopted_whole(
+    host: FakeHost, session: Session, state: State
+) -> None:
+    """Else it would be healed under the guest."""
+    web = libvirt(host, "web")
+    put(host, host.vfs[0], replace(web, process=None), state=state, worker=Process(998, 1))
+    assert session.adopt(web, [hostdev(host.vfs[0])]) == []
+    (claim,) = session.table.read().records
+    assert (claim.owner, claim.state, claim.worker) == (web, State.ACTIVE, None)
+
+
+def test_what_is_being_plugged_into_the_guest_is_left_to_who_does_it(
+    host: FakeHost, session: Session
+) -> None:
+    web = libvirt(host, "web")
+    put(host, host.vfs[0], web, state=State.RESERVED, worker=Process(DB, 4242))
+    put(host, host.vfs[1], web, state=State.RELEASING, worker=Process(DB, 4242), token="f" * 16)
+    before = session.table.read().records
+    assert session.adopt(web, [hostdev(host.vfs[0])]) == []
+    with pytest.raises(Refused, match=f"pid {DB}"):
+        session.adopt(web, [hostdev(host.vfs[1])])
+    assert session.table.read().records == before
+
+
 def test_a_start_waits_for_a_vf_that_is_just_being_released(host: FakeHost) -> None:
     session = Session(replace(host.settings, busy_wait_s=10))
     claim = put(host, host.vfs[0], qemu(DB), state=State.RELEASING, worker=Process(DB, 4242))

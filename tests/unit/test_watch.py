@@ -210,6 +210,12 @@ def test_only_this_hosts_own_guests_are_watched(host: FakeHost, uri: str) -> Non
         follow(host.settings, Session(host.settings), uri)
 
 
+def test_a_guest_that_ends_while_it_is_looked_at_keeps_nothing(host: FakeHost, watch: Watch) -> None:
+    one = Guest("a", guest("a", VF0), is_active=False)
+    look(watch, one)
+    assert claims(host) == []
+
+
 def test_the_end_of_a_guest_is_left_to_its_hook(host: FakeHost, watch: Watch) -> None:
     one = Guest("a", guest("a", VF0))
     look(watch, one)

@@ -1,4 +1,4 @@
-"""A packet socket, with a relay between it and QEMU's -netdev dgram: any NIC model, no kernel module.
+"""A packet socket, with a relay between it and QEMU's -netdev stream or dgram: any NIC model.
 
 The host's stack has no part in it. What the guest gets is whole: no offloads reach it.
 """
@@ -42,7 +42,8 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
             netdev, has_header=True, has_auxdata=True, is_promiscuous=is_promiscuous, buffer=_BUFFER
         ),
     )
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    kind = socket.SOCK_SEQPACKET if intent.datagrams else socket.SOCK_STREAM
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     with device, ours, theirs:
         descriptors = {"packet": device.fileno(), "guest": ours.fileno(), "netns": opened.netns}
         launch.start("relay", [], descriptors)

@@ -15,6 +15,13 @@ from vnet_lock.errors import VnetLockError
 _READY_S = 30.0
 # What a process says on its descriptor ``ready`` when it serves; anything else is why it can't.
 READY = b"ready"
+# A module of ours, from where we are, and nothing else but the standard library: a hook's interpreter knows
+# of no environment, and it starts in half the time.
+_PROGRAM = (
+    "import runpy, sys; module, home = sys.argv[1:3]; del sys.argv[1:3];"
+    " sys.path.insert(0, home); runpy.run_module(module, run_name='__main__')"
+)
+_HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 def start(name: str, args: Sequence[str], descriptors: Mapping[str, int]) -> None:
@@ -26,7 +33,8 @@ def start(name: str, args: Sequence[str], descriptors: Mapping[str, int]) -> Non
     ready, told = os.pipe()
     try:
         words = [f"--{key}={descriptor}" for key, descriptor in (*descriptors.items(), ("ready", told))]
-        argv = [sys.executable, "-I", "-m", f"vnet_lock.datapath.{name}", *args, *words]
+        module = f"vnet_lock.datapath.{name}"
+        argv = [sys.executable, "-I", "-S", "-c", _PROGRAM, module, _HOME, *args, *words]
         child = os.fork()
         if child == 0:
             _exit_after(lambda: _detach(argv, {*descriptors.values(), told}))

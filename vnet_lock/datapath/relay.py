@@ -3,14 +3,15 @@
     python -I -m vnet_lock.datapath.relay --packet=FD --guest=FD --netns=FD --ready=FD
 
 ``packet`` is a packet socket with virtio headers and auxiliary data on a device in the namespace ``netns``;
-``guest`` is one end of a pair of unix sockets of the kind SOCK_SEQPACKET, the other end is QEMU's
-``-netdev dgram``. A guest that doesn't take its frames loses them at the packet socket, as at a NIC. The
-relay ends with its guest, and when its device goes for good.
+``guest`` is one end of a pair of unix sockets, SOCK_STREAM where the other end is QEMU's ``-netdev stream``,
+SOCK_SEQPACKET where it is ``-netdev dgram`` or another program. A guest that doesn't take its frames loses
+them at the packet socket, as at a NIC. The relay ends with its guest, and when its device goes for good.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import select
 import socket
@@ -23,11 +24,14 @@ from contextlib import suppress
 from vnet_lock.datapath.batch import Batch
 from vnet_lock.datapath.frames import NEEDS_CSUM, BadFrame, Buffer, VnetHeader, finish, tagged
 from vnet_lock.datapath.launch import report_ready
+from vnet_lock.datapath.stream import Unpacker, packed
 from vnet_lock.kernel.netns import enter
 
 _SLOTS = 64
 _CHUNK = 16
 _HEADER = 10  # struct virtio_net_hdr
+# What is taken from a stream at once: as much as a batch of whole frames of an Ethernet.
+_STREAM = _SLOTS * 1518
 # struct cmsghdr and struct tpacket_auxdata, include/uapi/linux/if_packet.h: of the first its type, of the
 # second status, vlan_tci and vlan_tpid.
 _AUXDATA = struct.Struct("@N4xiI12xHH")
@@ -38,6 +42,10 @@ _NOBODY = 65534  # the kernel's overflowuid
 _PR_SET_NO_NEW_PRIVS = 38
 
 
+# What is to be sent: frames of our own making, a run of slots, first and end, or bytes of a stream.
+Item = list[Buffer] | tuple[int, int] | memoryview
+
+
 class GuestGone(Exception):
     """QEMU has closed its end."""
 
@@ -45,11 +53,13 @@ class GuestGone(Exception):
 class Way:
     """One direction. What the sink doesn't take at once waits here, and nothing more is received then."""
 
-    def __init__(self, source: socket.socket, sink: socket.socket, batch: Batch) -> None:
+    def __init__(
+        self, source: socket.socket, sink: socket.socket, batch: Batch, outbox: Batch | None = None
+    ) -> None:
         self._source, self._sink, self._batch = source, sink, batch
-        # Frames of our own making, and runs of slots, first and end, to be sent as they are.
-        self.waiting: deque[list[Buffer] | tuple[int, int]] = deque()
-        self._outbox = Batch(_CHUNK)
+        self.waiting: deque[Item] = deque()
+        # Where frames of our own making are sent from.
+        self._outbox = outbox or Batch(_CHUNK)
 
     def carry(self) -> None:
         """Receive a batch and send it. GuestGone where it shows."""
@@ -60,39 +70,48 @@ class Way:
                 raise GuestGone from error
             # Nothing there after all, the device went down, or a packet that virtio has no word for.
             return
-        for item in self._prepared(count):
-            is_blocked = bool(self.waiting)
-            self.waiting.append(item)
-            if not is_blocked:
-                self.send()
+        self._pass_on(self._prepared(count))
 
     def send(self) -> None:
         """Send what waits, as far as the sink takes it; what it can't take at all is dropped."""
         while self.waiting:
-            item = self.waiting[0]
             try:
-                if isinstance(item, tuple):
-                    sent = self._batch.send(self._sink.fileno(), *item)
-                else:
-                    sent = self._outbox.send(self._sink.fileno(), 0, self._outbox.fill(item))
+                left = self._send(self.waiting[0])
             except BlockingIOError:
                 return
-            except OSError as error:
-                if error.errno in _GUEST_IS_GONE:
-                    raise GuestGone from error
-                # Longer than the device's MTU, no room in its queue, device down: as on a wire.
-                sent = 1
-            if isinstance(item, tuple):
-                first, end = item[0] + sent, item[1]
-                left: list[Buffer] | tuple[int, int] | None = (first, end) if first < end else None
-            else:
-                left = item[sent:]
             if left:
                 self.waiting[0] = left
             else:
                 self.waiting.popleft()
 
-    def _prepared(self, count: int) -> Iterator[list[Buffer] | tuple[int, int]]:
+    def _pass_on(self, items: Iterable[Item]) -> None:
+        for item in items:
+            is_blocked = bool(self.waiting)
+            self.waiting.append(item)
+            if not is_blocked:
+                self.send()
+
+    def _send(self, item: Item) -> Item | None:
+        """Send an item as far as it goes and return what is left of it; BlockingIOError where none goes."""
+        try:
+            if isinstance(item, tuple):
+                sent = self._batch.send(self._sink.fileno(), *item)
+            else:
+                assert isinstance(item, list)  # noqa: S101 - bytes are a stream's alone
+                sent = self._outbox.send(self._sink.fileno(), 0, self._outbox.fill(item))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            if error.errno in _GUEST_IS_GONE:
+                raise GuestGone from error
+            # Longer than the device's MTU, no room in its queue, device down: as on a wire.
+            sent = 1
+        if isinstance(item, tuple):
+            first, end = item[0] + sent, item[1]
+            return (first, end) if first < end else None
+        return item[sent:]
+
+    def _prepared(self, count: int) -> Iterator[Item]:
         """What is to be sent of a batch that was received, in order."""
         first = 0
         frames: list[Buffer] = []
@@ -140,6 +159,52 @@ class ToGuest(Way):
         return made if tag is None else (tagged(frame, *tag) for frame in made)
 
 
+class ToStream(ToGuest):
+    """From the packet socket to a stream."""
+
+    def _send(self, item: Item) -> Item | None:
+        if isinstance(item, tuple):
+            item = packed(self._batch.packet(at)[_HEADER:] for at in range(*item))
+        elif isinstance(item, list):
+            item = packed(item)
+        # A part of a frame that was sent has to be followed by its rest, so it isn't made a second time.
+        self.waiting[0] = item
+        try:
+            return item[self._sink.send(item, socket.MSG_DONTWAIT) :]
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            raise GuestGone from error
+
+
+class FromStream(Way):
+    """From a stream to the packet socket."""
+
+    def __init__(self, source: socket.socket, sink: socket.socket, outbox: Batch) -> None:
+        super().__init__(source, sink, outbox, outbox)
+        self._unpacker = Unpacker()
+
+    def carry(self) -> None:
+        """Receive what is there and send its frames. GuestGone where it shows."""
+        try:
+            data = self._source.recv(_STREAM, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise GuestGone from error
+        if not data:
+            raise GuestGone
+        try:
+            self._pass_on(self._chunks(self._unpacker.feed(data)))
+        except BadFrame as error:
+            raise GuestGone from error
+
+    @staticmethod
+    def _chunks(frames: Iterator[Buffer]) -> Iterator[Item]:
+        while chunk := list(itertools.islice(frames, _SLOTS)):
+            yield chunk
+
+
 def _read_tag(control: Buffer) -> tuple[int, int] | None:
     """The VLAN tag, TPID and TCI, that the kernel or the NIC took from a frame."""
     if len(control) < _AUXDATA.size:
@@ -155,8 +220,10 @@ class Relay:
 
     def __init__(self, packet: socket.socket, guest: socket.socket) -> None:
         self._packet, self._guest = packet, guest
-        self._to_guest = ToGuest(packet, guest, Batch(_SLOTS, send_at=_HEADER, has_control=True))
-        self._from_guest = Way(guest, packet, Batch(_SLOTS, receive_at=_HEADER))
+        is_stream = guest.type == socket.SOCK_STREAM
+        to_guest, from_guest = (ToStream, FromStream) if is_stream else (ToGuest, Way)
+        self._to_guest = to_guest(packet, guest, Batch(_SLOTS, send_at=_HEADER, has_control=True))
+        self._from_guest = from_guest(guest, packet, Batch(_SLOTS, receive_at=_HEADER))
 
     def run(self) -> None:
         """Carry frames until the guest or the device is gone."""

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     """Run one command and return its exit code."""
 
     def run() -> int:
-        args = _parser().parse_args(argv)
+        args = parser().parse_args(argv)
         module = import_module("vnet_lock.front." + ("domains" if args.verb in _OF_LIBVIRT else "verbs"))
         perform: Callable[[Settings, argparse.Namespace], int] = getattr(module, args.verb)
         return perform(settings, args)
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     return serve("vnet-lock", run)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command's words."""
     parser = _Parser(
         prog="vnet-lock",
         description="Who uses which SR-IOV virtual function, and that no two guests use the same.",
@@ -70,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = add("gc", "heal claims whose owner is proven dead")
     verb.add_argument("--dry-run", action="store_true", help="only say which")
+    _add_json(verb)
+
+    verb = add("doctor", "check the installation: configuration, hooks, daemons, confinement, kernel")
     _add_json(verb)
 
     verb = add("reap", "heal claims whose owner is dead, once, or as soon as it is")
@@ -139,6 +143,9 @@ def _add_libvirt_verbs(add: _Verbs) -> None:
     )
     _add_words(verb)
     verb.add_argument("--alias", type=_alias, help="what it is called, ua-net1 say (default: the next free)")
+    verb.add_argument(
+        "--teaming", type=_alias, metavar="ALIAS", help="the interface that stands by for the VF"
+    )
     _add_form(verb)
     _add_connect(verb)
 
@@ -168,6 +175,7 @@ def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:
 def _add_words(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--mode", help=f"the policy: {', '.join(Policy)} (bridge is veb)")
     verb.add_argument("--dev", action="append", help="a network device or PCI address; several in order")
+    verb.add_argument("--pool", metavar="NAME", help="VFs of this pool, in the place of --dev")
     verb.add_argument("--port", help=f"the kernel implementation: {', '.join(Port)}")
     verb.add_argument("--protocols", metavar="A:B:C", help="of tap, socket, vhost, vfio, user, in order")
     verb.add_argument("--vlan", help="a VLAN, 1 to 4094")

@@ -12,11 +12,12 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vnet_lock.claims import ClaimTable
-from vnet_lock.errors import VnetLockError
+from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.journal import Companion, Entry
 from vnet_lock.kernel import background
@@ -118,7 +119,7 @@ class _Companion:
             if not self._serve():
                 return
         except VnetLockError as error:
-            failure = " ".join(str(error).split())
+            failure = " ".join(str(error).split()).removeprefix(f"{self._owner.text}: ")
         except Exception as error:
             failure = f"unexpected {type(error).__name__}: {error}; please report it"
         if failure:
@@ -150,9 +151,10 @@ class _Companion:
         uuid = self._owner.uuid or ""
         while True:
             # While a hook of the guest runs, this waits, for libvirt holds the guest's lock then.
-            domain = libvirt.find_or_none(uuid)
-            if domain is not None and domain.state in RUNNING:
-                return domain if self._is_needed() else None
+            with suppress(BadInput):  # a transient guest that has ended meanwhile
+                domain = libvirt.find(uuid)
+                if domain.state in RUNNING:
+                    return domain if self._is_needed() else None
             while not any(event.uuid == uuid for event in libvirt.events(_LOOK_S)):
                 if not self._is_needed():
                     return None

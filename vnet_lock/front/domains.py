@@ -7,6 +7,7 @@ live by the lock on libvirt's pid file. So nothing is left where libvirt refuses
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +17,15 @@ from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
+from vnet_lock.combination import Backend
 from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
 from vnet_lock.domain_xml import Plugged, read_guest, read_identity, read_plugged
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
+from vnet_lock.front.libvirt_guest import read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
-from vnet_lock.kernel import processes
-from vnet_lock.model import Fixed, Intent, Owner, OwnerKind, Process
+from vnet_lock.model import Fixed, Intent, Owner
 from vnet_lock.planning import name_of
 from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.resolving import late_backends, name_link
@@ -32,6 +34,8 @@ from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
+
+    Connect = Callable[[str | None], Libvirt]
 
 T = TypeVar("T")
 
@@ -48,21 +52,21 @@ def resolve(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def define(settings: Settings, args: Namespace) -> int:
+def define(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Define the guest as ``resolve`` writes it; a definition claims nothing."""
     xml = read_file(args.guest)
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
         with _naming(found.forms):
-            domain = libvirt.define(found.xml.decode())
+            domain = libvirt.define(_text(found.xml))
     _remark(found)
     print(f'guest "{domain.name}" is defined{_summary(found.forms)}')
     return 0
 
 
-def start(settings: Settings, args: Namespace) -> int:
+def start(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Start a guest, defined or of a file, with what is free now; its definition stays as it is."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         is_file = args.guest == "-" or args.guest.endswith(".xml") or "/" in args.guest
         domain = None if is_file else libvirt.find(args.guest)
         if domain is not None:
@@ -77,15 +81,15 @@ def start(settings: Settings, args: Namespace) -> int:
             if domain is not None and found.xml == xml:
                 domain.start(args.paused)
             else:
-                domain = libvirt.create(with_uuid(found.xml, str(owner.uuid)).decode(), args.paused)
+                domain = libvirt.create(_text(with_uuid(found.xml, str(owner.uuid))), args.paused)
     _remark(found)
     print(f'guest "{domain.name}" is started{_summary(found.forms)}')
     return 0
 
 
-def attach(settings: Settings, args: Namespace) -> int:
+def attach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Plug an interface into a running guest: one of a file, or one that is chosen."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         if not domain.is_active:
             raise VnetLockError(
@@ -100,7 +104,7 @@ def attach(settings: Settings, args: Namespace) -> int:
         session.activate(grants)
         with _given_back(session, grants), _about_interface(alias):
             domain.attach(xml)
-        daemon = _daemon(settings)
+        daemon = read_daemon(settings)
         if daemon is not None and has_hook(settings):
             # From its end until libvirt has given all back the guest lives by its daemon.
             session.hand_over(owner, replace(owner, process=daemon))
@@ -109,9 +113,9 @@ def attach(settings: Settings, args: Namespace) -> int:
     return 0
 
 
-def detach(settings: Settings, args: Namespace) -> int:
+def detach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Unplug an interface, by its alias or MAC; what it had is given back once the guest has let go of it."""
-    with _connect(args.connect) as libvirt:
+    with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         session = Session(settings)
         owner = _owner_of(settings, domain.name, domain.uuid)
@@ -151,7 +155,7 @@ def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[R
 
 def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
     """Claim what a device that is written already names; its key, its XML, and what was claimed."""
-    text = xml.decode()
+    text = _text(xml)
     if text.lstrip().startswith("<?xml"):
         text = text.partition("?>")[2]
     plugged = read_plugged(_as_guest(text))
@@ -183,7 +187,10 @@ def _claim_words(
         raise BadInput(f'guest "{domain.name}" has an interface {alias} already; choose another --alias')
     (intent,) = read_words(args)
     assert isinstance(intent, Intent)  # noqa: S101 - words ask for nothing else
-    intent = replace(intent, interface=alias, mac=intent.mac or random_mac())
+    mac = _mac_of(domain, args.teaming) if args.teaming else intent.mac or random_mac()
+    intent = replace(intent, interface=alias, mac=mac, teaming=args.teaming or "")
+    if intent.teaming and (intent.backends != (Backend.VFIO,) or args.form != "full"):
+        raise BadInput("--teaming is for a VF that the guest has itself: add --protocols=vfio")
 
     def take() -> tuple[str, str, tuple[Grant, ...]]:
         form = choose_one(session, intent, owner) if args.form == "full" else ""
@@ -238,20 +245,7 @@ def _owner_in(settings: Settings, xml: bytes) -> Owner | None:
 
 def _owner_of(settings: Settings, name: str, uuid: str) -> Owner:
     """The guest, which lives by this process as long as it has no QEMU."""
-    return Owner(
-        kind=OwnerKind.LIBVIRT,
-        name=name,
-        boot_id=processes.read_boot_id(settings),
-        uuid=uuid,
-        process=processes.this_process(settings),
-        pid_file=f"{settings.libvirt_run}/qemu/{name}.pid",
-    )
-
-
-def _daemon(settings: Settings) -> Process | None:
-    """The daemon with libvirt's QEMU driver, by the lock that it holds (qemuStateInitialize)."""
-    pid = processes.read_lock_holder(f"{settings.libvirt_run}/qemu/driver.pid")
-    return processes.read_process(settings, pid) if pid and pid > 0 else None
+    return read_owner(settings, name, uuid, os.getpid())
 
 
 def has_hook(settings: Settings) -> bool:
@@ -298,6 +292,21 @@ def _connect(uri: str | None) -> Libvirt:
 
 def _plugged(domain: Domain) -> tuple[Plugged, ...]:
     return read_plugged(domain.read_xml().encode())
+
+
+def _mac_of(domain: Domain, alias: str) -> str:
+    """The MAC address of an interface, which what is teamed with it has, too."""
+    for one in _plugged(domain):
+        if one.alias == alias and one.mac:
+            return one.mac
+    raise BadInput(f'guest "{domain.name}" has no interface {alias}; see: virsh dumpxml {domain.name}')
+
+
+def _text(xml: bytes) -> str:
+    try:
+        return xml.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput("the XML isn't UTF-8; convert it first: iconv -t UTF-8") from error
 
 
 def _wait_until_gone(libvirt: Libvirt, domain: Domain, alias: str, timeout_s: float) -> None:

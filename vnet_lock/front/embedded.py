@@ -1,8 +1,8 @@
 """vnet-qemu GUEST.xml: a libvirt guest without libvirt's daemon, by the driver that libvirt has to embed.
 
 No hook runs there (qemu:///embed calls none), so all that the guest wants is claimed and made here, before
-libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own: what the claims live
-by is the lock that QEMU holds on libvirt's pid file, so that kill -9 of this process takes nothing from it.
+libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own, and once it runs the
+claims are QEMU's: kill -9 of this process takes nothing from the guest.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING, NoReturn
-from uuid import uuid4
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from vnet_lock.domain_rewrite import with_uuid
 from vnet_lock.domain_xml import read_guest, read_identity
-from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front.program import ENDING
 from vnet_lock.front.resolver import resolve
 from vnet_lock.front.verbs import read_file
@@ -29,11 +28,8 @@ if TYPE_CHECKING:
 
 # Who is quicker takes what was planned: then it is planned again.
 _ATTEMPTS = 5
-_TICK_S = 60.0
-
-
-class _Ended(BaseException):
-    """A signal that ends the guest."""
+# How long a signal may wait.
+_TICK_S = 1.0
 
 
 def run(settings: Settings, path: str, print_only: bool) -> int:
@@ -43,59 +39,72 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     otherwise.
     """
     xml = read_file(path)
-    name, uuid = read_identity(xml)
-    uuid = uuid or str(uuid4())
+    name, _ = read_identity(xml)
     root = f"{settings.lib}/embed/{name}"
-    owner = Owner(
-        kind=OwnerKind.LIBVIRT,
-        name=name,
-        boot_id=processes.read_boot_id(settings),
-        uuid=uuid,
-        process=processes.this_process(settings),
-        pid_file=f"{root}/run/qemu/{name}.pid",
-    )
+    me = processes.this_process(settings)
+    owner = Owner(OwnerKind.QEMU, name, processes.read_boot_id(settings), process=me)
     session = Session(settings)
     if print_only:
         sys.stdout.buffer.write(resolve(session, xml, owner).xml)
         return 0
+    # None of them raises anything: within a callback of libvirt's that would be lost.
+    ended: list[int] = []
     for number in ENDING:
-        signal.signal(number, _end)
+        signal.signal(number, lambda number, _: ended.append(number))
     _require_alone(root, name)
-    with _open(root) as libvirt:
+    owners = [owner]
+    with _open(settings, root) as libvirt:
         try:
-            xml = _acquire(session, with_uuid(xml, uuid), owner)
-            return _run(libvirt, xml, f"{root}/log/qemu/{name}.log")
-        except _Ended:
-            return 0
+            xml = _acquire(session, xml, owner)
+            if not ended:
+                domain = _create(libvirt, xml)
+                if (pid := processes.read_lock_holder(_pid_file(root, name))) and pid > 0:
+                    owners.append(replace(owner, process=processes.read_process(settings, pid)))
+                    session.hand_over(*owners)
+                _wait(libvirt, domain, ended, f"{root}/log/qemu/{name}.log")
         finally:
-            # A second signal must not cut short what undoes the first.
-            signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-            session.release(owner)
+            for one in owners:
+                session.release(one)
+    return 0
 
 
 def _require_alone(root: str, name: str) -> None:
     """See that the guest doesn't run already: the driver, once opened, would end one that was left behind."""
-    for file, what in (
-        ("driver", "is run by another vnet-qemu"),
-        (name, "is running already, without vnet-qemu"),
-    ):
+    if name in (".", ".."):
+        raise BadInput(f"guest XML: {name!r} is no name of a guest")
+    words = {"driver": "is run by another vnet-qemu", name: "is running already, without vnet-qemu"}
+    for file, what in words.items():
         try:
-            pid = processes.read_lock_holder(f"{root}/run/qemu/{file}.pid")
+            pid = processes.read_lock_holder(_pid_file(root, file))
         except OSError as error:
             raise VnetLockError(f"cannot look into {root}: {error.strerror}; run as root") from error
         if pid is not None:
             raise VnetLockError(f'guest "{name}" {what} (pid {pid}); to end it: kill {pid}')
 
 
-def _open(root: str) -> Libvirt:
+def _open(settings: Settings, root: str) -> Libvirt:
     """The driver, with a directory of its own: one process at a time has it."""
+    try:
+        os.makedirs(f"{root}/etc", 0o700, exist_ok=True)
+        with open(f"{root}/etc/qemu.conf", "wb") as file:
+            file.write(_configuration(f"{settings.etc_libvirt}/qemu.conf"))
+    except OSError as error:
+        raise VnetLockError(f"cannot write below {root}: {error.strerror}; run as root") from error
+    # libvirt reads it when it is loaded; its warnings aren't about what the user typed.
+    os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{root}/libvirt.log")
     from vnet_lock.front.libvirt_client import Libvirt
 
-    try:
-        os.makedirs(root, 0o700, exist_ok=True)
-    except OSError as error:
-        raise VnetLockError(f"cannot make {root}: {error.strerror}; run as root") from error
     return Libvirt(f"qemu:///embed?root={root}")
+
+
+def _configuration(path: str) -> bytes:
+    """As the host has configured its QEMUs, but with logs that libvirt writes without a daemon's help."""
+    try:
+        with open(path, "rb") as file:
+            lines = [line for line in file if not line.lstrip().startswith(b"stdio_handler")]
+    except FileNotFoundError:
+        lines = []
+    return b"".join(lines) + b'\nstdio_handler = "file"\n'
 
 
 def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
@@ -114,26 +123,26 @@ def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
             return found.xml
 
 
-def _run(libvirt: Libvirt, xml: bytes, log: str) -> int:
+def _create(libvirt: Libvirt, xml: bytes) -> Domain:
+    libvirt.listen()
+    return libvirt.create(xml.decode())
+
+
+def _wait(libvirt: Libvirt, domain: Domain, ended: list[int], log: str) -> None:
+    """Until the guest's end, or a signal to us."""
     from vnet_lock.front.libvirt_client import Happened
 
-    libvirt.listen()
-    domain: Domain | None = None
     try:
-        domain = libvirt.create(xml.decode())
-        while True:
+        while not ended:
             for event in libvirt.events(_TICK_S):
                 if event.what is Happened.STOPPED:
                     if event.is_failure:
                         raise VnetLockError(f'guest "{domain.name}" didn\'t end by itself; see: {log}')
-                    return 0
-    except BaseException:
-        domain = domain or libvirt.find_or_none(read_identity(xml)[0])
-        if domain is not None:
-            domain.destroy()
-        raise
+                    return
+    finally:
+        domain.destroy()
 
 
-def _end(_number: int, _frame: object) -> NoReturn:
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    raise _Ended
+def _pid_file(root: str, name: str) -> str:
+    """libvirt's, whose lock QEMU holds for its life."""
+    return f"{root}/run/qemu/{name}.pid"

@@ -38,6 +38,7 @@ Anything but 0 means that there are none.
 
   --mode=MODE          veb (or bridge), vepa, private, nat, route
   --dev=DEVICE         a network device or a PCI address; again for more, tried in order
+  --pool=NAME          instead: a VF of this pool of vnet-lock.toml(5)
   --protocols=LIST     what the receiver can use: tap, socket, vhost, user; separated by commas
   --port=PORT  --mac=MAC  --queues=N  --vlan=ID
   --ip=ADDRESS         for mode=route: the guest's own address; again for more

@@ -65,6 +65,8 @@ def qemu_words(connection: Connection, intent: Intent) -> list[str]:
 
     Where the guest's memory must be shared, {memory} is its size (like 2G), and no other -m is to be there.
     """
+    from dataclasses import replace
+
     from vnet_lock.front.wrapper import Shown
     from vnet_lock.qemu_argv import read_argv
     from vnet_lock.qemu_rewrite import rewrite
@@ -80,11 +82,10 @@ def qemu_words(connection: Connection, intent: Intent) -> list[str]:
         path=connection.path,
     )
     memory = [] if connection.path is None else _MEMORY
-    mode = connection.combination.policy
-    where = f"mode={mode},ip=192.0.2.1" if intent.addresses else f"mode={mode}"
-    # Only its place on the line and its queues matter: what it wants, it has.
-    network = f"host,id={intent.interface},{where},dev=any,queues={intent.queues}"
-    words = rewrite(read_argv([*memory, "-netdev", network]), {intent.interface: placed})
+    # Only its place on the line matters: what it wants, it has.
+    argv = read_argv([*memory, "-netdev", f"host,id={intent.interface},mode=nat"])
+    argv = replace(argv, hosts=(replace(argv.hosts[0], intent=intent),))
+    words = rewrite(argv, {intent.interface: placed})
     return [word.replace("size={memory}", "{memory}") if word == _MEMORY[1] else word for word in words]
 
 

@@ -12,7 +12,7 @@ from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.model import Intent
 
 # What becomes a key of the same name of QEMU's -netdev host, where it is checked.
-KEYS = ("mode", "dev", "protocols", "port", "mac", "queues", "vlan", "ip", "dhcp")
+KEYS = ("mode", "dev", "pool", "protocols", "port", "mac", "queues", "vlan", "ip", "dhcp")
 # Where the descriptors go.
 TARGETS = ("socketpair", "fd", "exec")
 SWITCHES = ("raw", "explain")
@@ -50,7 +50,7 @@ class Words:
     @property
     def is_for_bridge(self) -> bool:
         """Whether it is called as QEMU's own bridge helper is: the bridge is all that is said."""
-        return self.bridge is not None and not {"mode", "dev"} & set(self.values)
+        return self.bridge is not None and not {"mode", "dev", "pool"} & set(self.values)
 
     def has(self, switch: str) -> bool:
         """Whether a word without a value is there."""
@@ -107,7 +107,7 @@ def read_intent(words: Words) -> Intent:
         for value in protocols if name == "protocols" else values.get(name, []):
             text = value.replace(",", ":") if name == "protocols" else value.replace(",", ",,")
             keys.append(f"{name}={text}")
-    intent = replace(_read_network(",".join(keys)), raw=is_raw)
+    intent = replace(_read_network(",".join(keys)), raw=is_raw, datagrams=True)
     if target is Target.TAP_ONLY and intent.queues > 1:
         raise BadInput("--fd takes one descriptor, so there is no --queues; use --socketpair")
     if 2 * intent.queues > _MOST_FDS:

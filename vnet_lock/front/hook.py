@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from vnet_lock.model import Assignment, Owner, Plan, Refusal, Request
     from vnet_lock.session import Grant
 
-# libvirt waits for a hook without any limit, with the guest locked. What isn't done within the first time
-# is given up and undone; what isn't undone within the second is left to the claim's journal. A prepare takes
-# a tenth of a second; on a host under full emulation and load 30 s were seen.
-DEADLINE_S = 40
+# What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
 # Of the qemu hook and of the network hook.
@@ -49,7 +46,10 @@ class Guards(Protocol):
     def reserve(self, owner: Owner, requests: Iterable[Request], operation: str) -> tuple[Assignment, ...]:
         """Keep what a guest needs that comes from elsewhere, until its `prepare`."""
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> object:
+    def serve(self, grants: Iterable[Grant]) -> None:
+        """Have processes of ours serve a guest where its QEMU looks for sockets."""
+
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> object:
         """Claim what libvirt has set up for a guest already."""
 
     def hand_over(self, old: Owner, new: Owner) -> None:
@@ -104,7 +104,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report)
+    arm_deadline(operation, report, read_deadline_s(call.settings))
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -178,18 +178,27 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
-        grants = session.acquire(owner, requests)
-        if any(one.is_unfinished for one in grants):
-            from vnet_lock.front import companion  # 1 ms
-
-            companion.start_all(call.settings, owner, grants)
+        _prepare(session, owner, requests, call.settings)
     elif call.operation in ("migrate", "restore"):
         from vnet_lock.front import arrival  # 3 ms
 
         return arrival.receive(session, call.xml, owner, call.operation)
     else:
-        session.adopt(owner, requests)
+        session.adopt(owner, requests, running=call.operation == "reconnect")
     return b""
+
+
+def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
+    """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
+    from vnet_lock.model import Intent
+
+    grants = session.acquire(owner, requests)
+    if any(isinstance(one, Intent) and one.socket for one in requests):
+        session.serve(grants)
+    if any(one.is_unfinished for one in grants):
+        from vnet_lock.front import companion  # 1 ms
+
+        companion.start_all(settings, owner, grants)
 
 
 def _give_back(call: Call, open_session: Callable[[Settings], Guards]) -> None:
@@ -236,7 +245,16 @@ def _open_session(settings: Settings) -> Guards:
     return Session(settings)
 
 
-def arm_deadline(operation: str, report: Report, deadline_s: int = DEADLINE_S, undo_s: int = UNDO_S) -> None:
+def read_deadline_s(settings: Settings) -> int:
+    """When a hook is to give up, as the host's configuration has it."""
+    if os.path.lexists(settings.config_path):
+        from vnet_lock.config import tuned  # 10 ms, for who has a file
+
+        settings = tuned(settings)
+    return max(1, int(settings.hook_s))
+
+
+def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = UNDO_S) -> None:
     """Raise DeadlinePassed in whatever runs after ``deadline_s``; end the process ``undo_s`` after that.
 
     Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut

@@ -1,4 +1,4 @@
-"""Our two files among libvirt's hooks: put there, taken away, looked at. Touches no file that isn't ours.
+"""Our files among libvirt's hooks: put there, taken away, looked at. Touches no file that isn't ours.
 
 They are real files, never links: AppArmor lets libvirt run what is below its own hooks directory only.
 """
@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from vnet_lock.errors import BadInput, VnetLockError
+from vnet_lock.kernel.confinement import has_apparmor
 from vnet_lock.settings import Settings
 
-DRIVERS = ("qemu", "network")
+DRIVERS = ("qemu", "network", "daemon")
 NAME = "50-vnet-lock"
 
 # The shims have it in their second line; it tells our files from others'.
 _MARKER = "# vnet-lock hook shim"
 # What the hook's Python loads; it runs without site, so it is told where they are.
-_LIBRARIES = ("vnet_lock", "lxml", "filelock", "pyroute2", "libvirt")
+_LIBRARIES = ("vnet_lock", "filelock", "pyroute2", "libvirt")
 # Where AppArmor's profile of libvirtd lets a hook run programs.
 _CONFINED_TO = ("/usr/bin/", "/usr/sbin/")
 
@@ -36,11 +37,16 @@ class HookState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HookFile:
-    """One hook file; ``note`` says what to do where it isn't as it should be."""
+    """One hook file; ``note`` says what to do where it isn't as it should be.
+
+    ``since`` is when libvirt could first have found it (ns of the epoch), None where it can't: the time of
+    the file's last change, which a newer version of ours keeps.
+    """
 
     path: str
     state: HookState
     note: str = ""
+    since: int | None = None
 
     @property
     def text(self) -> str:
@@ -49,7 +55,7 @@ class HookFile:
 
 
 def install(settings: Settings) -> list[str]:
-    """Write both files and return lines that say what was done and what is left to do.
+    """Write the files and return lines that say what was done and what is left to do.
 
     Files of ours are replaced, each in one step. BadInput, before anything is written, where another's
     file is in the way; VnetLockError where writing fails.
@@ -64,13 +70,13 @@ def install(settings: Settings) -> list[str]:
         if file.state is HookState.INSTALLED:
             lines.append(f"{file.path}: is there already")
             continue
-        _write(f"{settings.etc_libvirt}/hooks", f"{driver}.d", text)
+        _write(f"{settings.etc_libvirt}/hooks", f"{driver}.d", text, file.since)
         lines.append(f"{file.path}: {'replaced' if file.state is HookState.OUTDATED else 'installed'}")
     return lines + _notes(settings, is_new=any(file.state is HookState.ABSENT for file in found))
 
 
 def remove(settings: Settings) -> list[str]:
-    """Take both files away and return lines that say so; absent is success, another's file stays."""
+    """Take the files away and return lines that say so; absent is success, another's file stays."""
     lines = []
     for file in read_status(settings):
         if file.state is HookState.FOREIGN:
@@ -110,19 +116,17 @@ def _read_file(settings: Settings, driver: str) -> HookFile:
         raise VnetLockError(f"cannot read {path}: {error.strerror}; run as root") from error
     if not any(line.startswith(_MARKER) for line in text.splitlines()[:3]):
         return HookFile(path, HookState.FOREIGN, "another program or person wrote it")
-    if text != _shim_text(settings, driver) or not os.access(path, os.X_OK):
-        return HookFile(path, HookState.OUTDATED, "it is not of this version; do: vnet-lock hooks install")
-    return HookFile(path, HookState.INSTALLED)
+    since = os.stat(path).st_mtime_ns if os.access(path, os.X_OK) else None
+    if text != _shim_text(settings, driver) or since is None:
+        note = "it is not of this version; do: vnet-lock hooks install"
+        return HookFile(path, HookState.OUTDATED, note, since)
+    return HookFile(path, HookState.INSTALLED, since=since)
 
 
 def _notes(settings: Settings, *, is_new: bool) -> list[str]:
     notes = []
-    interpreter = _interpreter()
-    if not interpreter.startswith(_CONFINED_TO) and _has_apparmor(settings):
-        notes.append(
-            f"AppArmor may keep libvirt from running {interpreter}; install with a Python below"
-            f" {' or '.join(_CONFINED_TO)}"
-        )
+    if lack := apparmor_lack(settings):
+        notes.append(lack)
     if is_new:
         notes.append(
             "libvirt looks for hooks when its daemon starts or gets SIGHUP; do:"
@@ -131,12 +135,15 @@ def _notes(settings: Settings, *, is_new: bool) -> list[str]:
     return notes
 
 
-def _has_apparmor(settings: Settings) -> bool:
-    try:
-        with open(f"{settings.sys}/module/apparmor/parameters/enabled", encoding="ascii") as file:
-            return file.read().startswith("Y")
-    except OSError:
-        return False
+def apparmor_lack(settings: Settings) -> str:
+    """Why AppArmor may keep libvirt from running the hooks; empty where it doesn't."""
+    interpreter = _interpreter()
+    if interpreter.startswith(_CONFINED_TO) or not has_apparmor(settings):
+        return ""
+    return (
+        f"AppArmor may keep libvirt from running {interpreter}; install with a Python below"
+        f" {' or '.join(_CONFINED_TO)}"
+    )
 
 
 def _interpreter() -> str:
@@ -200,7 +207,7 @@ def _find_shim(driver: str) -> str:
     raise VnetLockError(f"the hook shim hooks/{driver} is nowhere; install vnet-lock anew")
 
 
-def _write(directory: str, folder: str, text: str) -> None:
+def _write(directory: str, folder: str, text: str, since: int | None) -> None:
     """Write aside and rename. Aside is above the folder: libvirt runs every executable file inside it."""
     path = f"{directory}/{folder}/{NAME}"
     beside = f"{directory}/.{folder}-{NAME}.{os.getpid()}"
@@ -211,6 +218,8 @@ def _write(directory: str, folder: str, text: str) -> None:
                 os.mkdir(missing)
                 os.chmod(missing, 0o755)  # noqa: S103  a user's own daemon runs hooks as that user
         _write_aside(beside, text)
+        if since is not None:
+            os.utime(beside, ns=(since, since))
         os.rename(beside, path)
     except OSError as error:
         raise VnetLockError(f"cannot write {path}: {error.strerror}; run as root") from error

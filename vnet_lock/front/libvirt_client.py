@@ -161,14 +161,14 @@ class Libvirt:
     def define(self, xml: str, validate: bool = False) -> Domain:
         """Define a persistent guest, or a new definition of one; BadInput where libvirt can't read it."""
         flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
-        with self._about("define"):
+        with self._about(_name_in(xml, "define")):
             return Domain(self, self._connection.defineXMLFlags(xml, flags))
 
     def create(self, xml: str, paused: bool = False, auto_destroy: bool = False) -> Domain:
         """Start a transient guest; ``auto_destroy`` ends it with this connection."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
         flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY if auto_destroy else 0
-        with self._about("start"):
+        with self._about(_name_in(xml, "start")):
             return Domain(self, self._connection.createXML(xml, flags))
 
     def read_networks(self) -> list[Network]:
@@ -442,6 +442,11 @@ def _error_of(error: Any, what: str, is_alive: Callable[[], bool]) -> VnetLockEr
     if code == libvirt.VIR_ERR_DEVICE_MISSING:
         return Vanished(message)
     return VnetLockError(message)
+
+
+def _name_in(xml: str, otherwise: str) -> str:
+    found = re.search("<name>([^<]*)</name>", xml)
+    return f'guest "{found[1]}"' if found else otherwise
 
 
 def _affect(live: bool, config: bool) -> int:

@@ -11,14 +11,14 @@ import signal
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from vnet_lock.errors import VnetLockError
-from vnet_lock.front.hook import Outlets, TooLate, answer_with, arm_deadline
+from vnet_lock.front.hook import Outlets, TooLate, answer_with, arm_deadline, read_deadline_s
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vnet_lock.claims import ClaimTable
-    from vnet_lock.model import Fixed, Owner, Request
+    from vnet_lock.model import Fixed, Owner, Request, UseKind
     from vnet_lock.session import Grant
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     settings = Settings.under(root)
     xml = stdin.read()
     report = Outlets()
-    arm_deadline(operation, report)
+    arm_deadline(operation, report, read_deadline_s(settings))
 
     def body() -> None:
         if os.geteuid() == 0:  # a user's own daemon has no devices to give out, and we couldn't claim them
@@ -71,6 +71,8 @@ def perform(
     if operation not in ("port-created", "port-deleted"):
         return
     from vnet_lock.front.libvirt_guest import find_tokens, read_owner
+    from vnet_lock.kernel.liveness import Liveness
+    from vnet_lock.model import UseKind
     from vnet_lock.network_xml import RESERVING, read_port
 
     port = read_port(xml)
@@ -80,10 +82,17 @@ def perform(
     session = open_session(settings)
     tokens = find_tokens(settings, session.table, owner, port.request)
     if operation == "port-deleted":
-        session.release_tokens(owner, tokens)
-    elif tokens:
+        # libvirt 11.3 also ends the port of a guest that keeps its macvtap, when its link is set down or up
+        # (virsh domif-setlink): that one gives its claim back at its end. A status file may name a VF still.
+        if not _has(settings, owner, port.request, UseKind.VFIO):
+            session.release_tokens(owner, tokens)
+        return
+    stale = Liveness(settings).stale(session.table.read())
+    if any(token not in stale for token in tokens):
         return  # told again
-    elif _has(settings, owner, port.request):
+    # What an earlier start left that nobody gave back must not be given back under this one.
+    session.release_tokens(owner, tokens)
+    if _has(settings, owner, port.request, UseKind.VFIO, UseKind.LIBVIRT):
         try:
             session.adopt(owner, [port.request])
         except VnetLockError as error:
@@ -94,19 +103,21 @@ def perform(
         session.activate(session.acquire(owner, [port.request], beside=True))
 
 
-def _has(settings: Settings, owner: Owner, request: Fixed) -> bool:
-    """Whether the guest's QEMU has the device."""
-    from vnet_lock.front.libvirt_guest import device_names
+def _has(settings: Settings, owner: Owner, request: Fixed, *kinds: UseKind) -> bool:
+    """Whether the guest's QEMU has the device: a VF by such evidence, or the port's macvtap on it."""
     from vnet_lock.kernel.kinship import Kinship
     from vnet_lock.kernel.observe import read_inventory
+    from vnet_lock.model import Form
 
     pid = Kinship(settings).guest_pid(owner)
     if pid is None:
         return False
-    inventory = read_inventory(settings, [str(request.device)])
-    names = device_names(inventory, request)
-    users = (user for resource, each in inventory.users.items() if resource.name in names for user in each)
-    return any(user.pid == pid or (user.mark is not None and user.mark == owner.uuid) for user in users)
+    device = str(request.device)
+    inventory = read_inventory(settings, [device])
+    if request.form is not Form.HOSTDEV:
+        return any(nic.mac == request.mac and device in nic.lowers for nic in inventory.nics)
+    users = (user for resource, each in inventory.users.items() if resource.name == device for user in each)
+    return any(user.pid == pid and user.kind in kinds for user in users)
 
 
 def _open_session(settings: Settings) -> Guards:

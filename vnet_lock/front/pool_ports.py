@@ -11,11 +11,12 @@ import os
 import time
 import uuid
 from collections.abc import Collection
+from contextlib import suppress
 from typing import Protocol
 
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front.command import print_error
-from vnet_lock.front.libvirt_client import Libvirt, Network
+from vnet_lock.front.libvirt_client import Disconnected, Libvirt, Network
 from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.model import PciAddress
 from vnet_lock.network_xml import RESERVING, read_pool, read_port
@@ -50,21 +51,24 @@ class PoolPorts:
         if claims == self._claims and now - self._looked < _LOOK_S:
             return
         self._claims, self._looked = claims, now
-        for network in libvirt.read_networks():
-            try:
+        try:
+            for network in libvirt.read_networks():
                 self._update(network)
-            except VnetLockError as error:
-                self._claims = None
-                text, count = self._failure
-                self._failure = (str(error), count + 1 if text == str(error) else 1)
-                if self._failure[1] == 2:
-                    print_error("vnet-lock", error)
+        except Disconnected:
+            raise
+        except VnetLockError as error:
+            self._claims = None
+            text, count = self._failure
+            self._failure = (str(error), count + 1 if text == str(error) else 1)
+            if self._failure[1] == 2:
+                print_error("vnet-lock", error)
 
     def remove(self, libvirt: Libvirt) -> None:
         """Take all of ours away: nobody will any more when their VFs are free."""
-        for network in libvirt.read_networks():
-            for port in self._read_ports(network)[0].values():
-                network.remove_port(port)
+        with suppress(VnetLockError):
+            for network in libvirt.read_networks():
+                for port in self._read_ports(network)[0].values():
+                    network.remove_port(port)
 
     def _update(self, network: Network) -> None:
         pool = read_pool(network.read_xml().encode())

@@ -14,6 +14,7 @@ from vnet_lock.planning import name_of
 from vnet_lock.rules import since_text
 
 if TYPE_CHECKING:
+    from vnet_lock.front.doctor import Check
     from vnet_lock.matrix import Verdict
 
 _BOLD, _RED, _YELLOW, _OFF = "\033[1m", "\033[31m", "\033[33m", "\033[0m"
@@ -105,6 +106,15 @@ def matrix_text(verdicts: Sequence[Verdict]) -> str:
         )
         lines.append(f"{one.combination.text.ljust(width)}  {said}")
     return "\n".join(map(_clean, [*lines, f"{ready} of {len(verdicts)} combinations are ready"]))
+
+
+def checks_text(checks: Sequence[Check], style: Style = PLAIN) -> str:
+    """A line for each thing that was checked: how it is, and what to do where it isn't ok."""
+    colours = {"warning": _YELLOW, "error": _BOLD + _RED}
+    return "\n".join(
+        f"{style.paint(one.health.value, colours.get(one.health, ''))}: {one.kind}: {_clean(one.message)}"
+        for one in checks
+    )
 
 
 def vfs_text(audit: Audit, pf: Pf, style: Style = PLAIN) -> str:
@@ -256,6 +266,10 @@ def _device_lines(audit: Audit, resource: Resource) -> Iterator[str]:
     if function:
         group = "none" if function.iommu_group is None else function.iommu_group
         yield f"driver {function.driver or 'none'}, netdev {function.netdev or 'none'}, IOMMU group {group}"
+        if pools := audit.pools.get(resource):
+            yield f"in {'pool' if len(pools) == 1 else 'pools'} {', '.join(pools)}"
+        if audit.state_of(resource).standing is Standing.LEFT:
+            yield "left to the host by its configuration"
     elif nic:
         yield f"{nic.kind}, {nic.mac}, {'up' if nic.up else 'down'}"
     elif resource.kind is ResourceKind.IP:

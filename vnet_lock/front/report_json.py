@@ -57,6 +57,7 @@ def show_json(audit: Audit, resource: Resource) -> dict[str, Any]:
         "version": VERSION,
         "resource": resource.text,
         "state": state.standing.value,
+        "pools": list(audit.pools.get(resource, ())),
         "claims": [
             {
                 **claim_json(audit, claim),
@@ -144,7 +145,7 @@ def since_iso(since: float) -> str:
 def asked_text(request: Request) -> str:
     """What a request asks for, in a few words."""
     if isinstance(request, Intent):
-        return f"{request.policy} on {' or '.join(request.devs)}" if request.devs else str(request.policy)
+        return f"{request.policy} {request.place}".rstrip()
     return f"{request.form} of {request.device}"
 
 

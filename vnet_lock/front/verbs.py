@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 AUDIT_ERROR = 3
 REFUSED = 4
 # What plan takes in the place of a guest: the keys of -netdev host.
-_PLAN_WORDS = ("mode", "dev", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
+_PLAN_WORDS = ("mode", "dev", "pool", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
 _WATCH_S = 1.0
 _STAYS = "; the claims stay until it can be undone"
 # How often a host is looked at again that changes while we look.
@@ -150,6 +150,19 @@ def gc(settings: Settings, args: Namespace) -> int:
     if failures:
         raise VnetLockError("; ".join(failures) + _STAYS)
     return 0
+
+
+def doctor(settings: Settings, args: Namespace) -> int:
+    """The installation, checked; AUDIT_ERROR where something is an error."""
+    from vnet_lock.front.doctor import Health, examine
+
+    checks = [*examine(settings)]
+    if args.json:
+        found = [{"health": one.health.value, "check": one.kind, "message": one.message} for one in checks]
+        print(_dumps({"version": report_json.VERSION, "checks": found}))
+    else:
+        print(report.checks_text(checks, _style(sys.stdout)))
+    return AUDIT_ERROR if any(one.health is Health.ERROR for one in checks) else 0
 
 
 def reap(settings: Settings, args: Namespace) -> int:

@@ -35,7 +35,7 @@ class Guards(Protocol):
 
     table: ClaimTable
 
-    def adopt(self, owner: Owner, requests: Iterable[Request]) -> list[str]:
+    def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what a guest has."""
 
     def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
@@ -113,20 +113,27 @@ class Watch:
             root = parse(domain.read_xml().encode())
             owner = read_owner(self._settings, domain.name, domain.uuid)
             found = read_fixed(root).requests
-        except BadInput as error:  # it has just ended, or it has what nobody can read
+        except Disconnected:
+            raise
+        except VnetLockError as error:  # it has just ended, or it has what nobody can read
             self._say(domain.uuid, [f'guest "{domain.name}": {error}'])
             return
         fixed = frozenset(request for request in found if isinstance(request, Fixed))
         now = Seen(fixed, read_user_aliases(root))
         before = self._seen.get(domain.uuid, Seen())
         self._seen[domain.uuid] = now
-        wrong = [line for request in now.fixed if (line := self._claim(owner, request))]
-        line = self._release(owner, before, now)
-        self._say(domain.uuid, [*wrong, *([line] if line else [])])
+        wrong: list[str] = []
+        added = [request for request in now.fixed if self._claim(owner, request, wrong)]
+        self._release(owner, before, now, wrong)
+        self._say(domain.uuid, wrong)
+        if added and not _is_active(domain):
+            # Its hook may have given back what it had before we claimed this.
+            self._release(owner, Seen(frozenset(added)), Seen(), wrong)
+            self._forget(domain.uuid)
 
     def _look_again(self, libvirt: Libvirt, uuid: str) -> None:
         domain = libvirt.find_or_none(uuid)
-        if domain is not None and domain.is_active:
+        if domain is not None and _is_active(domain):
             self.look(domain)
         else:
             self._forget(uuid)
@@ -135,17 +142,21 @@ class Watch:
         self._seen.pop(uuid, None)
         self._wrong.pop(uuid, None)
 
-    def _claim(self, owner: Owner, request: Fixed) -> str:
-        """Claim a device that the guest has; what is wrong, empty where nothing is."""
+    def _claim(self, owner: Owner, request: Fixed, wrong: list[str]) -> bool:
+        """Claim a device that the guest has; whether it wasn't claimed before."""
         try:
-            for resource in self._session.adopt(owner, [request]):
+            added = self._session.adopt(owner, [request], running=True)
+            for resource in added:
                 print(f"{resource} is claimed for {owner.text}, which has it", flush=True)
         except VnetLockError as error:
-            return f"conflict: {owner.text} has {request.device}, but {error}; unplug it from one of them"
-        return ""
+            wrong.append(
+                f"conflict: {owner.text} has {request.device}, but {error}; unplug it from one of them"
+            )
+            return False
+        return bool(added)
 
-    def _release(self, owner: Owner, before: Seen, now: Seen) -> str:
-        """Give back what the guest has no more; what is wrong, empty where nothing is."""
+    def _release(self, owner: Owner, before: Seen, now: Seen, wrong: list[str]) -> None:
+        """Give back what the guest has no more."""
         kept = {_key(request) for request in now.fixed}
         tokens: list[str] = []
         for request in before.fixed:
@@ -156,13 +167,12 @@ class Watch:
             claims = self._session.table.read().of(owner)
             tokens += [claim.token for claim in claims if claim.interface in gone]
         if not tokens:
-            return ""
+            return
         try:
             self._session.release_tokens(owner, tokens)
+            print(f"what was unplugged from {owner.text} is given back", flush=True)
         except VnetLockError as error:
-            return f"{owner.text}: {error}"
-        print(f"what was unplugged from {owner.text} is given back", flush=True)
-        return ""
+            wrong.append(f"{owner.text}: {error}")
 
     def _say(self, uuid: str, wrong: list[str]) -> None:
         """Tell an operator what is wrong with a guest that wasn't before."""
@@ -173,6 +183,13 @@ class Watch:
             self._wrong[uuid] = wrong
         else:
             self._wrong.pop(uuid, None)
+
+
+def _is_active(domain: Domain) -> bool:
+    try:
+        return domain.is_active
+    except BadInput:  # it was transient, and is gone
+        return False
 
 
 def _key(request: Fixed) -> tuple[object, ...]:

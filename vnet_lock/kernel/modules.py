@@ -49,6 +49,22 @@ def lacks_vlans(settings: Settings) -> str:
     return "this kernel has no VLAN devices (8021q)"
 
 
+def lacks_module(settings: Settings, name: str, option: str) -> str:
+    """Why this kernel can't have a module; empty where it has it, as a file or built in, or doesn't tell.
+
+    ``option`` is the one that builds it.
+    """
+    if os.path.exists(f"{settings.sys}/module/{name.replace('-', '_')}"):
+        return ""
+    folder = f"{settings.lib_modules}/{os.uname().release}"
+    known = _read_lines(f"{folder}/modules.dep") + _read_lines(f"{folder}/modules.builtin")
+    if re.search(rf"^[^:]*/{re.escape(name)}\.ko", known, re.MULTILINE):
+        return ""
+    if not known and _may_have(settings, option):
+        return ""
+    return f"this kernel has no module {name} ({option})"
+
+
 def _may_have(settings: Settings, option: str) -> bool:
     """Whether the kernel was built with an option, as far as it tells (CONFIG_IKCONFIG_PROC)."""
     import gzip  # 5 ms, and only in a container or on a kernel without modules
@@ -62,8 +78,12 @@ def _may_have(settings: Settings, option: str) -> bool:
 
 def _read_aliases(settings: Settings) -> str:
     """modules.alias of the running kernel; empty where there is none, in a container say."""
+    return _read_lines(f"{settings.lib_modules}/{os.uname().release}/modules.alias")
+
+
+def _read_lines(path: str) -> str:
     try:
-        with open(f"{settings.lib_modules}/{os.uname().release}/modules.alias", encoding="utf-8") as file:
+        with open(path, encoding="utf-8") as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         return ""

@@ -18,13 +18,15 @@ from vnet_lock.ports.macvtap import open_macvtap, random_mac
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:
     """The VFs of the PFs that the intent names, those of the PF with the most free VFs first.
 
-    A VF that is named itself is the only one.
+    A VF that is named itself is the only one; of a pool's PFs only the pool's VFs count.
     """
     inventory = situation.inventory
     pfs: list[Pf] = []
     for dev in intent.devs:
         found = _find(dev, inventory)
-        if isinstance(found, Vf):
+        if isinstance(found, Vf) and intent.pool is not None:
+            yield Candidate(dev, reason=f"{dev} is a VF, and pool {intent.pool} is to name PFs")
+        elif isinstance(found, Vf):
             yield _candidate(found, intent, backend, situation)
         elif found is None:
             yield Candidate(
@@ -32,14 +34,17 @@ def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterat
             )
         else:
             pfs.append(found)
-    free = {pf.pci: sum(map(situation.is_free, pf.vfs)) for pf in pfs} if len(pfs) > 1 else {}
+    eligible = {pf.pci: [vf for vf in pf.vfs if intent.vfs is None or vf.index in intent.vfs] for pf in pfs}
+    free = {pci: sum(map(situation.is_free, vfs)) for pci, vfs in eligible.items()} if len(pfs) > 1 else {}
     for pf in sorted(pfs, key=lambda one: -free.get(one.pci, 0)):
         name = pf.netdev or pf.pci.text
         if not pf.totalvfs:
             yield Candidate(name, reason=f"{name} is no SR-IOV device")
         elif not pf.vfs:
             yield Candidate(name, reason=f"{name} has no VFs yet; run: vnet-lock vfs {name} {pf.totalvfs}")
-        for vf in pf.vfs:
+        elif not eligible[pf.pci]:
+            yield Candidate(name, reason=f"{name} has {len(pf.vfs)} VFs, none of them in pool {intent.pool}")
+        for vf in eligible[pf.pci]:
             yield _candidate(vf, intent, backend, situation)
 
 

@@ -1,0 +1,117 @@
+"""vnet-qemu GUEST.xml with a real QEMU, in namespaces with a /run and a /var/lib of their own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernel.host import VNET_LOCK, VNET_QEMU, Host, eventually, started
+
+GUEST = """\
+<domain type='qemu'>
+  <name>alone</name>
+  <uuid>2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a98</uuid>
+  <metadata>
+    <vnet:guest xmlns:vnet="urn:vnet-lock:guest:1">
+      <vnet:interface alias="ua-net0" policy="veb" port="bridge" dev="br0"/>
+      <vnet:interface alias="ua-net1" policy="route" port="none" dev="up0" ip="192.0.2.7"/>
+    </vnet:guest>
+  </metadata>
+  <memory unit='MiB'>32</memory>
+  <os><type arch='x86_64' machine='q35'>hvm</type></os>
+  <on_reboot>destroy</on_reboot>
+  <devices>
+    <emulator>/usr/bin/qemu-system-x86_64</emulator>
+    <controller type='usb' model='none'/>
+    <memballoon model='none'/>
+  </devices>
+</domain>
+"""
+ROOT = Path("/var/lib/vnet-lock/embed/alone")
+PID_FILE = ROOT / "run/qemu/alone.pid"
+
+
+@pytest.fixture
+def guest(host: Host, tmp_path: Path) -> Iterator[Path]:
+    """A guest's file; what libvirt keeps of it is in the test's own mount namespace."""
+    subprocess.run(["mount", "-t", "tmpfs", "none", "/var/lib"], check=True)
+    conf = tmp_path / "qemu.conf"
+    conf.write_text('user = "root"\ngroup = "root"\ncgroup_controllers = []\nsecurity_driver = "none"\n')
+    subprocess.run(["mount", "--bind", conf, "/etc/libvirt/qemu.conf"], check=True)
+    path = tmp_path / "alone.xml"
+    path.write_text(GUEST)
+    yield path
+    if (pid := qemu_pid()) and Path(f"/proc/{pid}/exe").exists():
+        os.kill(pid, signal.SIGKILL)
+
+
+def qemu_pid() -> int | None:
+    text = PID_FILE.read_text().strip() if PID_FILE.exists() else ""
+    return int(text) if text else None
+
+
+def runs(host: Host) -> bool:
+    """Whether the guest has its QEMU, and that the claims."""
+    pids = {claim["owner"]["process"]["pid"] for claim in host.claims()}
+    return pids == {qemu_pid()} and "alone-net1" in host.links()
+
+
+def test_a_guest_gets_what_it_wants_and_gives_it_back_at_a_signal(host: Host, guest: Path) -> None:
+    before = host.links()
+    with started([VNET_QEMU, str(guest)]) as process:
+        eventually(lambda: runs(host) or process.poll() is not None, 90)
+        assert process.poll() is None, process.communicate()
+        assert "ip:192.0.2.7" in {claim["resource"] for claim in host.claims()}
+        masters = {os.path.basename(os.readlink(path)) for path in Path("/sys/class/net").glob("*/master")}
+        assert masters == {"br0"}
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.communicate()
+    assert host.claims() == []
+    assert host.links() == before
+
+
+def test_a_guest_outlives_its_wrapper_and_is_never_started_twice(host: Host, guest: Path) -> None:
+    before = host.links()
+    with started([VNET_QEMU, str(guest)]) as process:
+        eventually(lambda: runs(host) or process.poll() is not None, 90)
+        second = subprocess.run([VNET_QEMU, str(guest)], capture_output=True, text=True, check=False)
+        assert (second.returncode, second.stderr.count("run by another vnet-qemu")) == (1, 1), second.stderr
+        process.kill()
+        process.wait()
+    pid = qemu_pid()
+    assert pid
+    second = subprocess.run([VNET_QEMU, str(guest)], capture_output=True, text=True, check=False)
+    assert second.returncode == 1
+    assert f"is running already, without vnet-qemu (pid {pid})" in second.stderr
+    assert subprocess.check_output([VNET_LOCK, "gc"], text=True) == "nothing is stale\n"
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not Path(f"/proc/{pid}/exe").exists())
+    assert "healed" in subprocess.check_output([VNET_LOCK, "gc"], text=True)
+    assert host.claims() == []
+    assert "alone-net1" not in host.links()
+    assert {*before} <= {*host.links()}
+
+
+def test_what_libvirt_refuses_leaves_nothing(host: Host, guest: Path) -> None:
+    before = host.links()
+    disk = "<disk type='file'><source file='/nowhere'/><target dev='vda' bus='virtio'/></disk>"
+    guest.write_text(GUEST.replace("<devices>", f"<devices>{disk}"))
+    done = subprocess.run([VNET_QEMU, str(guest)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "/nowhere" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert host.claims() == []
+    assert host.links() == before
+
+
+def test_a_guest_is_shown_without_being_touched(host: Host, guest: Path) -> None:
+    before = host.links()
+    shown = subprocess.check_output([VNET_QEMU, "--print", str(guest)], text=True)
+    assert "<source bridge='br0'/>" in shown
+    assert "<target dev='alone-net1' managed='no'/>" in shown
+    assert (host.claims(), host.links()) == ([], before)
