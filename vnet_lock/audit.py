@@ -293,6 +293,14 @@ class _Auditor:
                 process = Process(entry.pid, entry.start_ticks)
                 if not entry.failure and is_alive(self.settings, process):
                     continue
+                if entry.link is not None:
+                    why = entry.failure or f"the process that was to raise it (pid {entry.pid}) is gone"
+                    message = (
+                        f"{claim.owner.text} (pid {pid}) came from another host, and its link {entry.link} "
+                        f"is not up here: {why}; stop and start the guest"
+                    )
+                    self._error("unraised", resource, message)
+                    continue
                 if any(user.pid == pid for user in self.inventory.users_of(resource)):
                     continue
                 why = entry.failure or f"the process that was to plug it in (pid {entry.pid}) is gone"

@@ -142,11 +142,13 @@ class Companion:
     """The process that is to finish an interface once the guest runs, by pid and start ticks since boot.
 
     The entry goes when that is done. ``failure`` is why it could not be, empty as long as nothing failed.
+    ``link`` is what it is to raise, None where it plugs a device in.
     """
 
     pid: int
     start_ticks: int
     failure: str = ""
+    link: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

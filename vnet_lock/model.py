@@ -214,6 +214,18 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a guest that is still to start here has: a claim with nobody at work on it.
+
+    ``operation`` is libvirt's (``migrate`` or ``restore``), ``until_s`` when it is over, on the clock of
+    ``processes.read_uptime_s``: no `release` follows where libvirt doesn't get as far as `prepare`.
+    """
+
+    operation: str
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Claim:
     """One record of the claim table.
 
@@ -221,7 +233,8 @@ class Claim:
     sorts first.
     ``interface`` is the alias or netdev id for which it was made, ``since`` is seconds of the epoch.
     ``vlan`` is what the guest asked for, None where it didn't, or the record is of an older version.
-    ``worker`` is the process that is changing things while the state is reserved or releasing.
+    ``worker`` is the process that is changing things while the state is reserved or releasing; what is
+    reserved without one has a ``reservation``.
     """
 
     resource: Resource
@@ -237,6 +250,7 @@ class Claim:
     worker: Process | None = None
     journal: tuple[Entry, ...] = ()
     vlan: int | None = None
+    reservation: Reservation | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ class Situation:
     sources: Mapping[Port, Source] = field(default_factory=dict)
     # Which of the programs that a port may need are here.
     programs: frozenset[str] = frozenset()
-    # Whether what the guest has already stays with it, so that none of it is given to it again.
+    # Whether what the guest has already stays with it, so that none of it is given to it again; what is
+    # only reserved for it doesn't.
     beside: bool = False
     # Evidence of use that doesn't count: what libvirt did for a guest that it is starting.
     ignored: frozenset[UseKind] = frozenset()
@@ -88,8 +89,9 @@ class Situation:
     def others(self) -> Iterator[Claim]:
         """Living claims that are not to be replaced by what is being planned: those of other guests."""
         for claim in self.claims.records:
-            own = self.owner is not None and claim.owner.is_same_guest(self.owner) and not self.beside
-            if claim.token not in self.stale and not own:
+            own = self.owner is not None and claim.owner.is_same_guest(self.owner)
+            stays = self.beside and claim.reservation is None
+            if claim.token not in self.stale and (stays or not own):
                 yield claim
 
     def obstacle(

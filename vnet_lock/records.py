@@ -9,7 +9,17 @@ from functools import lru_cache
 from typing import Any, get_args
 
 from vnet_lock import journal
-from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State
+from vnet_lock.model import (
+    Claim,
+    Mode,
+    Owner,
+    OwnerKind,
+    PciAddress,
+    Process,
+    Reservation,
+    Resource,
+    State,
+)
 
 VERSION = 1
 SIZE_LIMIT = 1 << 20
@@ -98,6 +108,11 @@ def encode(claim: Claim) -> bytes:
         "worker": _process_record(claim.worker),
         "journal": [journal.to_json(entry) for entry in claim.journal],
     }
+    if claim.reservation:
+        record["reservation"] = {
+            "operation": claim.reservation.operation,
+            "until_s": claim.reservation.until_s,
+        }
     data = json.dumps(record).encode() + b"\n"
     if len(data) > SIZE_LIMIT:
         raise ValueError(f"the record of {claim.resource} would be larger than {SIZE_LIMIT} bytes")
@@ -147,6 +162,7 @@ def _claim(record: Any) -> Claim:
         worker=_process(record, "worker"),
         # Records of version 1 had none at first.
         vlan=_take(record, "vlan", int, type(None)) if "vlan" in record else None,
+        reservation=_reservation(_take(record, "reservation", dict)) if "reservation" in record else None,
         journal=tuple(_entry(entry) for entry in _take(record, "journal", list)),
     )
 
@@ -160,6 +176,13 @@ def _owner(record: dict[str, Any]) -> Owner:
         process=_process(record, "process"),
         pid_file=_take(record, "pid_file", str, type(None)),
     )
+
+
+def _reservation(record: dict[str, Any]) -> Reservation:
+    until_s = _take(record, "until_s", int, float)
+    if not 0 <= until_s < 1e12:  # NaN and Infinity too
+        raise ValueError(f"its reservation ends at {until_s}")
+    return Reservation(_take(record, "operation", str), float(until_s))
 
 
 def _process(record: dict[str, Any], name: str) -> Process | None:

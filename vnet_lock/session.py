@@ -40,6 +40,7 @@ from vnet_lock.model import (
     Process,
     Refusal,
     Request,
+    Reservation,
     Resource,
     ResourceKind,
     State,
@@ -72,6 +73,13 @@ class Grant:
     assignment: Assignment
     token: str
     opened: Opened | None = None
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether something is left to be done once the guest runs here."""
+        request = self.assignment.request
+        is_plugged = isinstance(request, Intent) and request.hotplug
+        return is_plugged or (self.opened is not None and self.opened.left is not None)
 
     def close(self) -> None:
         """Let go of what it holds open, where nobody will connect to it."""
@@ -143,6 +151,7 @@ class Session:
         requests = self._resolve(requests)
         if not requests:
             return ()
+        is_awaited = not beside and self._is_awaited(owner)
         earlier = () if beside else self._undo_earlier(owner)
         try:
             # What takes no claim is for anybody, not only for who can write the table.
@@ -156,7 +165,7 @@ class Session:
         grants: list[Grant] = []
         try:
             for assignment, token in reserved:
-                opened, journal = self._open(assignment, token, inventory)
+                opened, journal = self._open(assignment, token, inventory, is_awaited)
                 grants.append(Grant(assignment, token, opened))
                 if not token:
                     continue
@@ -174,6 +183,28 @@ class Session:
                 self._back.give(token)
             raise
         return tuple(grants)
+
+    def reserve(self, owner: Owner, requests: Iterable[Request], operation: str) -> tuple[Assignment, ...]:
+        """Keep what a guest needs that is to come here by libvirt's ``operation``, for a bounded time.
+
+        All or nothing; no device is touched. ``acquire`` for the same guest takes it over. What the guest
+        has here already stays, but for an earlier reservation. Raises as ``acquire`` does.
+        """
+        requests = tuple(requests)
+        if not requests or self._unclaimed(requests, owner):
+            return ()
+        until_s = processes.read_uptime_s() + self.settings.reservation_s
+        reservation = Reservation(operation, until_s)
+
+        def write(writer: Writer, claims: Claims, found: Plan) -> tuple[Assignment, ...]:
+            made = [self._claims_for(owner, one, State.RESERVED) for one in found.assignments]
+            writer.add(replace(one, worker=None, reservation=reservation) for each in made for one in each)
+            for claim in claims.of(owner):
+                if claim.reservation:
+                    writer.drop(claim)
+            return found.assignments
+
+        return self._decide(owner, requests, write, beside=True)[1]
 
     def activate(self, grants: Iterable[Grant]) -> None:
         """What was acquired ``beside`` is the owner's from now on, and lives as long as he does."""
@@ -552,9 +583,12 @@ class Session:
         ]
 
     def _open(
-        self, assignment: Assignment, token: str, inventory: Inventory
+        self, assignment: Assignment, token: str, inventory: Inventory, is_awaited: bool
     ) -> tuple[Opened | None, tuple[Entry, ...]]:
-        """Do what the assignment says; what libvirt does itself is only noted, to be put right later."""
+        """Do what the assignment says; what libvirt does itself is only noted, to be put right later.
+
+        Of a guest that ``is_awaited``, traffic is drawn here only once it runs here: that is left to do.
+        """
         request = assignment.request
         if isinstance(request, Fixed):
             device = assignment.device
@@ -570,11 +604,20 @@ class Session:
         job = Job(
             self.settings, inventory, assignment, request, token,
             journal=self._journal_of(token), sharing=lambda: self._sharing(token),
+            left=[] if is_awaited else None,
         )  # fmt: skip
-        with self._back.pf_lock(assignment.wanted[0].pf if assignment.wanted else None):
+        pf = assignment.wanted[0].pf if assignment.wanted else None
+        with self._back.pf_lock(pf):
             opened = port.open_port(job)
         assert isinstance(opened, Opened)  # noqa: S101 - a module's function has no static type
+        if job.left:
+            opened.left = lambda: self._finish(job, pf)
         return opened, ()
+
+    def _finish(self, job: Job, pf: PciAddress | None) -> None:
+        with self._back.pf_lock(pf):
+            for step in job.left or ():
+                step()
 
     def _keep_eswitch(self, assignment: Assignment, token: str, inventory: Inventory) -> None:
         """Let the embedded switch stay in its mode, where another guest had it set, as long as this one."""
@@ -639,6 +682,11 @@ class Session:
                 entries = claim.journal + (journal if claim == first else ())
                 writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
 
+    def _is_awaited(self, owner: Owner) -> bool:
+        """Whether the guest runs elsewhere until it runs here."""
+        reservations = (claim.reservation for claim in self.table.read().of(owner))
+        return any(one is not None and one.operation == "migrate" for one in reservations)
+
     def _take_over(self, writer: Writer, claims: Claims, found: Plan, owner: Owner) -> None:
         """Let the owner's claims on what it needs live by this owner, whatever an earlier one left of them.
 
@@ -653,7 +701,9 @@ class Session:
                         continue  # who plugs it in makes it the owner's
                     raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
                 if claim.owner != owner or claim.state is not State.ACTIVE:
-                    writer.replace(replace(claim, owner=owner, state=State.ACTIVE, worker=None))
+                    writer.replace(
+                        replace(claim, owner=owner, state=State.ACTIVE, worker=None, reservation=None)
+                    )
 
     def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
         """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""

@@ -35,6 +35,8 @@ class Settings:
     # What a hook hasn't done by then is given up and undone: libvirt waits for it without any limit, with the
     # guest locked. A prepare takes a tenth of a second; under full emulation and load 30 s were seen.
     hook_s: float = 40.0
+    # How long what was chosen for a guest that comes from elsewhere is kept for its start.
+    reservation_s: float = 60.0
 
     @classmethod
     def under(cls, root: Path | str) -> Settings:

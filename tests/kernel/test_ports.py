@@ -110,6 +110,34 @@ def test_every_undo_and_every_release_may_run_twice(session: Session, port: Port
     assert undo(DEFAULT, claim) == []
 
 
+@pytest.mark.parametrize(("port", "dev"), [(Port.MACVLAN, "up0"), (Port.BRIDGE, "br0")])
+def test_the_link_of_a_guest_on_its_way_is_down_until_it_runs_here(
+    session: Session, ip: Callable[[str], str], port: Port, dev: str
+) -> None:
+    intent = want(Policy.VEB, port, dev, mac=MAC, ifname="web1-net0")
+    session.reserve(me(), [intent], "migrate")
+    assert only_claim(session).reservation is not None
+    (grant,) = session.acquire(me(), [intent])
+    assert only_claim(session).reservation is None
+    assert "UP" not in link(ip, "web1-net0")["flags"]  # type: ignore[operator]
+    assert grant.opened is not None
+    assert grant.opened.left is not None
+    grant.opened.left()
+    made = link(ip, "web1-net0")
+    assert (made["address"] == MAC) == (port is Port.MACVLAN)
+    assert "UP" in made["flags"]  # type: ignore[operator]
+    session.release(me())
+
+
+def test_a_guest_that_is_restored_has_its_link_at_once(session: Session, ip: Callable[[str], str]) -> None:
+    intent = want(Policy.VEB, Port.MACVLAN, "up0", ifname="web1-net0")
+    session.reserve(me(), [intent], "restore")
+    (grant,) = session.acquire(me(), [intent])
+    assert not grant.is_unfinished
+    assert "UP" in link(ip, "web1-net0")["flags"]  # type: ignore[operator]
+    session.release(me())
+
+
 def test_an_undo_never_takes_anothers_link_of_the_same_name(
     session: Session, ip: Callable[[str], str]
 ) -> None:

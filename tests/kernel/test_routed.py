@@ -124,6 +124,28 @@ def test_a_route_leads_to_each_address_and_all_is_as_before_afterwards(uplink, i
     assert_as(before)
 
 
+@pytest.mark.parametrize("port", PORTS)
+def test_nothing_leads_to_a_guest_on_its_way_until_it_runs_here(uplink, ip: Ip, port: Port) -> None:
+    """Else the host would answer for addresses that are at home elsewhere still."""
+    before = uplink()
+    session = Session()
+    session.reserve(owner(), [want(port, ifname="web1-net0")], "migrate")
+    assert_as(before)
+    (grant,) = session.acquire(owner(), [want(port, ifname="web1-net0")])
+    assert grant.opened is not None
+    assert grant.opened.left is not None
+    for words in ("route", "-6 route", "neigh show proxy", "-6 neigh show proxy"):
+        assert "192.0.2.7" not in ip(words)
+        assert "2001:db8::7" not in ip(words)
+    grant.opened.left()
+    assert "192.0.2.7 dev" in ip("route")
+    assert "2001:db8::7 dev" in ip("-6 route")
+    assert "192.0.2.7" in ip("neigh show proxy")
+    assert "2001:db8::7" in ip("-6 neigh show proxy")
+    session.release(owner())
+    assert_as(before)
+
+
 def test_the_last_guest_restores_what_was_before_the_first(uplink, ip: Ip) -> None:
     """One device forwards already, another listens to no router: both do so again."""
     (IPV6_CONF / "v0/forwarding").write_text("1")

@@ -68,7 +68,7 @@ def domain_xml(
     <cmdline>{words}</cmdline>
   </os>
   <features><acpi/></features>
-  <cpu mode='host-passthrough' migratable='off'/>
+  <cpu mode='host-passthrough' migratable='on'/>
   <on_poweroff>destroy</on_poweroff>
   <on_reboot>destroy</on_reboot>
   <on_crash>destroy</on_crash>

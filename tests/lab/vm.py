@@ -1,8 +1,8 @@
 """The lab VM, seen from outside: boots it, runs one command in it, tells a failed command from a lost VM.
 
 The VM is this machine's own root file system, read-only below overlays, on the distribution's kernel, with an
-emulated SR-IOV NIC (QEMU's igb). One directory is shared writable: the results. Never changes the machine
-that it runs on outside ``.lab`` of the checkout.
+emulated SR-IOV NIC (QEMU's igb), and a second one for a second host. One directory is shared writable: the
+results. Never changes the machine that it runs on outside ``.lab`` of the checkout.
 
     python -m tests.lab.vm [--deadline SECONDS] [--results DIR] [--env NAME=VALUE]... [--older] -- COMMAND...
     python -m tests.lab.vm --shell
@@ -68,8 +68,8 @@ class Vm:
     deadline_s: float = DEFAULT_DEADLINE_S
     environment: dict[str, str] = field(default_factory=dict)
     cpus: int = 2
-    # The other end of the NIC's cable, as QEMU's -netdev without its id.
-    cable: str = CABLE
+    # What the NICs' switch leads to, as QEMU's -netdev without its id.
+    cable: str = ""
     # What older.unpack() returns, to run that libvirt.
     older: Path | None = None
     vng: str = f"{sys.prefix}/bin/vng"
@@ -99,11 +99,19 @@ class Vm:
             "--overlay-rwdir", "/var",
             "--rwdir", str(self.results),
             "--qemu-opts=-machine q35 -cpu max,+svm -device intel-iommu,intremap=on,caching-mode=on",
+            # PCI buses are numbered in this order.
             "--qemu-opts=-device pcie-root-port,id=rp0,chassis=1,slot=1",
-            f"--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev {self.cable},id=cable",
             # A NIC without SR-IOV, for a guest that takes a whole one.
             "--qemu-opts=-device pcie-root-port,id=rp1,chassis=2,slot=2",
             f"--qemu-opts=-device e1000e,bus=rp1,netdev=plain -netdev {CABLE},id=plain",
+            # A switch outside: on it are the lab's NIC, that of another host in the same VM, and that of a
+            # machine without guests (see two_hosts.py).
+            "--qemu-opts=-device igb,bus=rp0,netdev=cable -netdev hubport,id=cable,hubid=0",
+            "--qemu-opts=-device pcie-root-port,id=rp2,chassis=3,slot=3",
+            "--qemu-opts=-device igb,bus=rp2,netdev=second -netdev hubport,id=second,hubid=0",
+            "--qemu-opts=-device virtio-net-pci,netdev=third -netdev hubport,id=third,hubid=0",
+            *([f"--qemu-opts=-netdev {self.cable},id=far -netdev hubport,id=beyond,hubid=0,netdev=far"]
+              if self.cable else []),
             # The root once more, for the inside script to mount with a cache: vng's own has none.
             "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
             "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",
@@ -283,7 +291,7 @@ def main() -> int:
     parser.add_argument("--deadline", type=float, default=DEFAULT_DEADLINE_S, metavar="SECONDS")
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: a new one below .lab/results")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
-    parser.add_argument("--cable", default=CABLE, help="QEMU's -netdev at the other end of the NIC")
+    parser.add_argument("--cable", default="", help="QEMU's -netdev behind the NICs' switch")
     parser.add_argument("--older", action="store_true", help="with the release's own libvirt, see older.py")
     parser.add_argument("--shell", action="store_true", help="an interactive shell in the VM")
     parser.add_argument("command", nargs="*")

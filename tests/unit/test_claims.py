@@ -29,6 +29,7 @@ from vnet_lock.model import (
     OwnerKind,
     PciAddress,
     Process,
+    Reservation,
     Resource,
     State,
 )
@@ -57,6 +58,7 @@ FULL = Claim(
         MadeLink("vl0123", "ua-net0", "vnet-lock 0123456789abcdef"),
     ),
     vlan=42,
+    reservation=Reservation("migrate", 1234.5),
 )
 
 

@@ -207,6 +207,22 @@ def test_a_guest_that_runs_without_its_vf_is_found_with_the_reason(settings: Set
     assert call(settings, "release")[0] == 0
 
 
+def test_a_guest_that_came_and_whose_link_stays_down_is_found(settings: Settings) -> None:
+    assert call(settings, "prepare")[0] == 0
+    entry = entry_of(settings)
+    with ClaimTable(settings).guarded() as writer:
+        (claim,) = writer.read().records
+        writer.replace(replace(claim, journal=(*claim.journal[:-1], replace(entry, link="web-net0"))))
+    with qemu(settings) as pid:
+        background.end(DEFAULT, Process(entry.pid, entry.start_ticks), "the companion")
+        claims = ClaimTable(settings).read()
+        found = audit(settings, read_inventory(settings), claims).findings
+        (message,) = [one.message for one in found if one.kind == "unraised"]
+    assert f'guest "a" (pid {pid}) came from another host, and its link web-net0 is not up here' in message
+    assert f"(pid {entry.pid}) is gone" in message
+    assert call(settings, "release")[0] == 0
+
+
 @contextmanager
 def qemu(settings: Settings) -> Iterator[int]:
     """Somebody who holds the lock on libvirt's pid file of the guest, as its QEMU does."""

@@ -19,6 +19,7 @@ from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hook import Call, answer, perform
 from vnet_lock.model import (
+    Assignment,
     Fixed,
     Intent,
     Owner,
@@ -29,7 +30,7 @@ from vnet_lock.model import (
     Request,
     Resource,
 )
-from vnet_lock.session import Session
+from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
 
 XML = Path(__file__).parents[2] / "xml"
@@ -37,6 +38,7 @@ DAEMON = 4711
 UUIDS = {"a": "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a0a", "b": "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a0b"}
 VF0, VF1 = "0000:01:10.0", "0000:01:10.2"
 OPERATIONS = ("prepare", "start", "started", "stopped", "release", "reconnect", "migrate", "restore", "new")
+REFUSING = ("migrate", "restore", "prepare", "start")
 
 
 def guest(name: str, *vfs: str, metadata: str = "") -> bytes:
@@ -58,13 +60,19 @@ class Fake:
     """A session that writes down what it is asked, and fails if told to."""
 
     fails: BaseException | None = None
+    settings: Settings = field(default_factory=Settings)
     asked: list[tuple[str, Owner, tuple[Request, ...]]] = field(default_factory=list)
 
-    def acquire(self, owner: Owner, requests: Iterable[Request]) -> None:
+    def acquire(self, owner: Owner, requests: Iterable[Request]) -> tuple[Grant, ...]:
         self._ask("acquire", owner, requests)
+        return ()
 
     def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> None:
         self._ask("adopt running" if running else "adopt", owner, requests)
+
+    def reserve(self, owner: Owner, requests: Iterable[Request], operation: str) -> tuple[Assignment, ...]:
+        self._ask(f"reserve for {operation}", owner, requests)
+        return ()
 
     def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
         raise NotImplementedError
@@ -89,6 +97,10 @@ class Told:
 
     said: list[str] = field(default_factory=list)
     logged: list[str] = field(default_factory=list)
+    given: list[bytes] = field(default_factory=list)
+
+    def give(self, xml: bytes) -> None:
+        self.given.append(xml)
 
     def say(self, line: str) -> None:
         self.said.append(line)
@@ -171,14 +183,14 @@ def test_stopped_leaves_it_to_libvirts_status_file_when_a_guest_is_dead(host: Fa
     assert (verb, owner.uuid) == ("hand over", UUIDS["a"])
 
 
-@pytest.mark.parametrize("operation", ["started", "migrate", "restore", "new"])
+@pytest.mark.parametrize("operation", ["started", "new"])
 def test_other_operations_do_not_even_read_the_guest(host: FakeHost, operation: str) -> None:
     fake = Fake()
     assert run_with(fake, host.settings, operation, b"no XML") == (0, Told())
     assert fake.asked == []
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "reconnect"])
+@pytest.mark.parametrize("operation", [*REFUSING, "reconnect"])
 def test_a_guest_without_devices_needs_no_session(host: FakeHost, operation: str) -> None:
     fake = Fake()
     assert run_with(fake, host.settings, operation, (XML / "no-device.xml").read_bytes()) == (0, Told())
@@ -188,7 +200,7 @@ def test_a_guest_without_devices_needs_no_session(host: FakeHost, operation: str
 # --- how it ends --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "stopped", "release", "reconnect"])
+@pytest.mark.parametrize("operation", [*REFUSING, "stopped", "release", "reconnect"])
 @pytest.mark.parametrize(
     "error", [Refused("VF is held by b"), VnetLockError("kernel says no"), BadInput("what")]
 )
@@ -197,17 +209,17 @@ def test_a_failure_refuses_a_start_and_is_only_told_elsewhere(
 ) -> None:
     status_file(host, "a")
     status, told = run_with(Fake(error), host.settings, operation, guest("a", VF0))
-    refuses = operation in ("prepare", "start")
+    refuses = operation in REFUSING
     assert status == (1 if refuses else 0)
     assert told.said == [f"vnet-lock: {error}"]
     assert told.logged == ([] if refuses else [f'{operation} of guest "a": {error}'])
 
 
-@pytest.mark.parametrize("operation", ["prepare", "start", "stopped", "release", "reconnect"])
+@pytest.mark.parametrize("operation", [*REFUSING, "stopped", "release", "reconnect"])
 def test_a_defect_of_ours_keeps_its_traceback(host: FakeHost, operation: str) -> None:
     status_file(host, "a")
     status, told = run_with(Fake(KeyError("oops")), host.settings, operation, guest("a", VF0))
-    assert status == (1 if operation in ("prepare", "start") else 0)
+    assert status == (1 if operation in REFUSING else 0)
     assert "Traceback" in told.logged[0]
     assert "Traceback" in told.said[0]
     assert told.said[-1].startswith("vnet-lock: unexpected KeyError")
@@ -217,7 +229,7 @@ def test_a_defect_of_ours_keeps_its_traceback(host: FakeHost, operation: str) ->
 @pytest.mark.parametrize("xml", [b"", b"<domain>", b"<domain><name>a</name></domain>", b"\xff"])
 def test_xml_that_makes_no_sense_kills_no_running_guest(host: FakeHost, operation: str, xml: bytes) -> None:
     status, _ = run_with(Fake(), host.settings, operation, xml)
-    assert status == 0 or operation in ("prepare", "start")
+    assert status == 0 or operation in REFUSING
 
 
 @pytest.mark.parametrize("name", ["", "../a", "/etc/passwd"])
@@ -295,6 +307,47 @@ def test_prepare_after_a_release_that_never_came_takes_what_is_asked_for_now(lib
     assert libvirt.held()[V1] == "a"
     assert libvirt.call("a", "release", VF1) == 0
     assert libvirt.held() == {}
+
+
+@pytest.mark.parametrize("operation", ["migrate", "restore"])
+def test_what_is_reserved_for_a_guest_on_its_way_is_nobody_elses_until_its_start_takes_it(
+    libvirt: Libvirt, operation: str
+) -> None:
+    assert libvirt.call("a", operation, VF0) == 0
+    assert libvirt.held() == {V0: "a"}
+    assert libvirt.call("b", "prepare", VF0) == 1
+    assert libvirt.call("b", operation, VF0) == 1
+    assert libvirt.call("a", operation, VF0, VF1) == 0
+    assert libvirt.held() == {V0: "a", V1: "a"}
+    assert libvirt.call("a", "prepare", VF0) == 0
+    assert libvirt.held() == {V0: "a"}
+    assert libvirt.call("a", "release", VF0) == 0
+    assert libvirt.held() == {}
+
+
+def test_a_reservation_that_no_start_took_is_over_when_its_time_is(libvirt: Libvirt) -> None:
+    """libvirt calls no release where a migration fails before its prepare."""
+    host = libvirt.host
+    libvirt.host.settings = replace(host.settings, reservation_s=-1)
+    assert libvirt.call("a", "migrate", VF0) == 0
+    assert libvirt.held() == {V0: "a"}
+    libvirt.host.settings = replace(host.settings, reservation_s=60)
+    assert libvirt.call("b", "prepare", VF0) == 0
+    assert libvirt.held() == {V0: "b"}
+
+
+def test_a_reservation_ends_with_the_daemon_that_would_have_started_the_guest(libvirt: Libvirt) -> None:
+    assert libvirt.call("a", "migrate", VF0) == 0
+    shutil.rmtree(f"{libvirt.host.settings.proc}/{DAEMON}")
+    assert Session(libvirt.host.settings).heal()
+    assert libvirt.held() == {}
+
+
+def test_a_guest_that_runs_here_keeps_what_it_has_whoever_says_it_comes(libvirt: Libvirt) -> None:
+    assert libvirt.call("a", "prepare", VF0) == 0
+    before = ClaimTable(libvirt.host.settings).read()
+    assert libvirt.call("a", "migrate", VF0) == 1
+    assert ClaimTable(libvirt.host.settings).read() == before
 
 
 def test_a_late_release_never_touches_the_next_owners_claim(libvirt: Libvirt) -> None:

@@ -40,15 +40,20 @@ _LOOK_S = 10.0
 
 
 def start_all(settings: Settings, owner: Owner, grants: Iterable[Grant]) -> None:
-    """Start a process for each grant that libvirt is to plug in; VnetLockError where that can't be."""
+    """Start a process for each grant of which something is left to do; VnetLockError where that can't be."""
     for grant in grants:
         intent = grant.assignment.request
         if isinstance(intent, Intent) and intent.hotplug:
             start(settings, owner, grant.token, plugging(intent, grant))
+        elif grant.opened and grant.opened.left:
+            start(settings, owner, grant.token, raising(grant.opened.left), grant.opened.netdev)
 
 
-def start(settings: Settings, owner: Owner, token: str, finish: Finish) -> None:
-    """Have ``finish`` done, by another process, for the interface whose claims have this token."""
+def start(settings: Settings, owner: Owner, token: str, finish: Finish, link: str | None = None) -> None:
+    """Have ``finish`` done, by another process, for the interface whose claims have this token.
+
+    ``link`` is what it raises, None where it plugs a device in.
+    """
 
     def serve() -> None:
         # The hook that we were has garbage collection off, and a deadline.
@@ -59,10 +64,19 @@ def start(settings: Settings, owner: Owner, token: str, finish: Finish) -> None:
         _Companion(settings, owner, token, finish).run()
 
     def journal(process: Process) -> bool:
-        entry = Companion(process.pid, process.start_ticks)
+        entry = Companion(process.pid, process.start_ticks, link=link)
         return _rewrite_journal(settings, token, lambda entries: (*entries, entry))
 
     background.start(settings, serve, journal)
+
+
+def raising(left: Callable[[], None]) -> Finish:
+    """Do what was left undone of a guest that came from another host."""
+
+    def finish(_: Domain) -> None:
+        left()
+
+    return finish
 
 
 def plugging(intent: Intent, grant: Grant) -> Finish:

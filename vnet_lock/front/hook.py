@@ -20,14 +20,16 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-    from vnet_lock.model import Owner, Plan, Refusal, Request
+    from vnet_lock.model import Assignment, Owner, Plan, Refusal, Request
     from vnet_lock.session import Grant
 
 # What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
 # Of the qemu hook and of the network hook.
-_FAIL_CLOSED = ("prepare", "start", "port-created")
+_FAIL_CLOSED = ("migrate", "restore", "prepare", "start", "port-created")
+# Those of the qemu hook's operations that are something to us.
+_OPERATIONS = ("migrate", "restore", "prepare", "start", "reconnect", "stopped", "release")
 
 
 class Guards(Protocol):
@@ -38,6 +40,11 @@ class Guards(Protocol):
 
     def acquire(self, owner: Owner, requests: Iterable[Request]) -> Sequence[Grant]:
         """Claim and make what a guest needs before it starts."""
+
+    settings: Settings
+
+    def reserve(self, owner: Owner, requests: Iterable[Request], operation: str) -> tuple[Assignment, ...]:
+        """Keep what a guest needs that comes from elsewhere, until its `prepare`."""
 
     def serve(self, grants: Iterable[Grant]) -> None:
         """Have processes of ours serve a guest where its QEMU looks for sockets."""
@@ -60,6 +67,9 @@ class Report(Protocol):
 
     def log(self, text: str) -> None:
         """Tell the system's log."""
+
+    def give(self, xml: bytes) -> None:
+        """Give libvirt the guest's XML, where it asks for it."""
 
 
 class DeadlinePassed(BaseException):
@@ -102,7 +112,13 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
 
 def answer(call: Call, open_session: Callable[[Settings], Guards], report: Report) -> int:
     """Perform an operation, report what goes wrong, and return the exit status that libvirt is to see."""
-    return answer_with(lambda: perform(call, open_session), call.operation, f'guest "{call.guest}"', report)
+
+    def body() -> None:
+        xml = perform(call, open_session)
+        if xml:
+            report.give(xml)
+
+    return answer_with(body, call.operation, f'guest "{call.guest}"', report)
 
 
 def answer_with(body: Callable[[], None], operation: str, of: str, report: Report) -> int:
@@ -126,50 +142,50 @@ def answer_with(body: Callable[[], None], operation: str, of: str, report: Repor
     return 0
 
 
-def perform(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
     """Claim, check or give back; any VnetLockError where that can't be done.
 
-    `prepare` claims and makes all that the guest asks for; `start` claims what libvirt chose since then;
-    `reconnect` claims what a running guest has; `release` gives all back; all else is none of ours. `stopped`
-    only prepares for a `release` that is killed: from then on libvirt's status file tells when it would come.
+    Returns the guest's XML as it is to be on this host, empty where it stays as it is.
+
+    `migrate` (on the destination) and `restore` come before `prepare`, and reserve for it what the guest is
+    to have; `prepare` claims and makes all that the guest asks for; `start` claims what libvirt chose since
+    then; `reconnect` claims what a running guest has; `release` gives all back; all else is none of ours.
+    `stopped` only prepares for a `release` that is killed: from then on libvirt's status file tells when it
+    would come.
     """
-    if call.operation not in ("prepare", "start", "reconnect", "stopped", "release"):
-        return
+    if call.operation not in _OPERATIONS:
+        return b""
     if not call.is_root:
         if call.operation == "prepare":
             _check_for_user(call, open_session)
-        return
+        return b""
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
     from vnet_lock.model import Fixed
 
     if call.operation in ("stopped", "release"):
-        # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
-        _, uuid = domain_xml.read_identity(call.xml)
-        owner = read_owner(call.settings, call.guest, uuid, call.daemon_pid)
-        if call.operation == "release":
-            open_session(call.settings).release(owner)
-        elif os.path.lexists(f"{call.settings.libvirt_run}/qemu/{call.guest}.xml"):
-            # Of a guest that never had its QEMU there is no file whose removal could tell anything.
-            from dataclasses import replace
-
-            open_session(call.settings).hand_over(owner, replace(owner, process=None))
-        return
+        _give_back(call, open_session)
+        return b""
     found = domain_xml.read_guest(call.xml)
     requests = found.requests
-    if call.operation != "prepare":
+    if call.operation in ("start", "reconnect"):
         # What an intent got was made and claimed at prepare; here it could only be planned a second time.
         requests = tuple(request for request in requests if isinstance(request, Fixed))
     if not requests:
-        return
+        return b""
     owner = read_owner(call.settings, call.guest, found.uuid, call.daemon_pid)
     if owner.process is None:
         raise VnetLockError(f"libvirt's daemon (pid {call.daemon_pid}) is gone; start it and then the guest")
     session = open_session(call.settings)
     if call.operation == "prepare":
         _prepare(session, owner, requests, call.settings)
+    elif call.operation in ("migrate", "restore"):
+        from vnet_lock.front import arrival  # 3 ms
+
+        return arrival.receive(session, call.xml, owner, call.operation)
     else:
         session.adopt(owner, requests, running=call.operation == "reconnect")
+    return b""
 
 
 def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
@@ -179,10 +195,26 @@ def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], setting
     grants = session.acquire(owner, requests)
     if any(isinstance(one, Intent) and one.socket for one in requests):
         session.serve(grants)
-    if any(isinstance(one, Intent) and one.hotplug for one in requests):
+    if any(one.is_unfinished for one in grants):
         from vnet_lock.front import companion  # 1 ms
 
         companion.start_all(settings, owner, grants)
+
+
+def _give_back(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+    from vnet_lock import domain_xml
+    from vnet_lock.front.libvirt_guest import read_owner
+
+    # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
+    _, uuid = domain_xml.read_identity(call.xml)
+    owner = read_owner(call.settings, call.guest, uuid, call.daemon_pid)
+    if call.operation == "release":
+        open_session(call.settings).release(owner)
+    elif os.path.lexists(f"{call.settings.libvirt_run}/qemu/{call.guest}.xml"):
+        # Of a guest that never had its QEMU there is no file whose removal could tell anything.
+        from dataclasses import replace
+
+        open_session(call.settings).hand_over(owner, replace(owner, process=None))
 
 
 def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
@@ -245,14 +277,14 @@ def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = 
 
 
 class Outlets:
-    """Our standard error and the system's log.
+    """Our standard output and error, and the system's log.
 
     Descriptors 1 and 2 become /dev/null: libvirt waits until both are closed everywhere, and a process
     that somebody starts below must not hold them.
     """
 
     def __init__(self) -> None:
-        self._stderr = os.dup(2)  # not inherited by other programs
+        self._stdout, self._stderr = os.dup(1), os.dup(2)  # not inherited by other programs
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         os.dup2(null, 2)
@@ -262,6 +294,11 @@ class Outlets:
         """Write to what was our standard error."""
         with suppress(BrokenPipeError):  # nobody listens any more; the status still counts
             os.write(self._stderr, f"{line}\n".encode(errors="replace"))
+
+    def give(self, xml: bytes) -> None:
+        """Write all of it to what was our standard output."""
+        while xml:
+            xml = xml[os.write(self._stdout, xml) :]
 
     def log(self, text: str) -> None:
         """Write to the system's log; without one it is lost."""

@@ -66,7 +66,7 @@ def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
     """The form of one more interface of a guest, or why libvirt can't open it itself."""
     intent = full_intent(Wish(intent, ""))
     (assignment,) = _plan(planner, (intent,), owner, beside=True)
-    return _form(planner, assignment)
+    return form_of(planner.settings, assignment)
 
 
 def _choose(
@@ -78,7 +78,7 @@ def _choose(
     for assignment in _plan(planner, requests, owner, beside=False) if wishes else ():
         if not isinstance(assignment.request, Intent):
             continue
-        form = _form(planner, assignment)
+        form = form_of(planner.settings, assignment)
         if isinstance(form, Form):
             forms[assignment.request.interface] = form
         else:
@@ -95,8 +95,8 @@ def _plan(
     return found.assignments
 
 
-def _form(planner: Planner, assignment: Assignment) -> Form | str:
-    settings = planner.settings
+def form_of(settings: Settings, assignment: Assignment) -> Form | str:
+    """How libvirt opens what was planned for an intent, or why it can't."""
 
     def is_ours(bridge: str) -> bool:
         return (sysfs.read_text(f"{settings.sys}/class/net/{bridge}/ifalias") or "").startswith(_OURS)

@@ -5,7 +5,7 @@ Says that nobody will only on proof; reads only.
 
 from __future__ import annotations
 
-from vnet_lock.kernel.processes import is_alive, is_owner_alive
+from vnet_lock.kernel.processes import is_alive, is_owner_alive, read_uptime_s
 from vnet_lock.model import Claim, Claims, Owner, State
 from vnet_lock.settings import Settings
 
@@ -35,8 +35,15 @@ class Liveness:
         workers = {claim.worker for claim in claims if claim.worker}
         if any(is_alive(self._settings, worker) for worker in workers):
             return False
+        if all(claim.state is State.RESERVED and claim.reservation for claim in claims):
+            return any(self._is_over(claim) for claim in claims)
         # Between reserved and active, and once it was told to end, a claim lives by its worker alone.
         if any(claim.state is not State.ACTIVE for claim in claims):
             return True
         # Who was killed while handing over left two owners.
         return not any(self.is_owner_alive(claim.owner) for claim in claims)
+
+    def _is_over(self, claim: Claim) -> bool:
+        """Whether no start will take what was reserved: its time is over, or its daemon is dead."""
+        assert claim.reservation is not None  # noqa: S101 - asked only then
+        return claim.reservation.until_s < read_uptime_s() or not self.is_owner_alive(claim.owner)

@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 import struct
+import time
 from collections.abc import Collection, Iterator
 
 from vnet_lock.errors import VnetLockError
@@ -33,6 +34,11 @@ def read_boot_id(settings: Settings) -> str:
         return _read(path).decode("ascii").strip()
     except OSError as error:
         raise VnetLockError(f"cannot read the boot id: {error}; is {settings.proc} mounted?") from error
+
+
+def read_uptime_s() -> float:
+    """Seconds since boot, those of a suspended host too; no setting of the time changes it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def read_process(settings: Settings, pid: int) -> Process | None:

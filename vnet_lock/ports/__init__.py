@@ -30,7 +30,8 @@ class Opened:
 
     The link is in the network namespace that the descriptor ``netns`` keeps, in this one without. A
     namespace has no name and no process: it goes with the last descriptor of it, or socket in it. ``path``
-    is where a backend that needs one may have a unix socket; it is in the claim's journal.
+    is where a backend that needs one may have a unix socket; it is in the claim's journal. ``left`` is to be
+    called once the guest runs here, where something was left undone until then.
     """
 
     netdev: str | None = None
@@ -38,6 +39,7 @@ class Opened:
     pci: PciAddress | None = None
     netns: int | None = None
     path: str | None = None
+    left: Callable[[], None] | None = None
 
     def close(self) -> None:
         """Let go of the namespace; whoever has opened something in it keeps it."""
@@ -73,6 +75,18 @@ class Job:
     token: str
     journal: Callable[[tuple[Entry, ...]], None]
     sharing: Callable[[], AbstractContextManager[Share]]
+    # What is left undone, of a guest that runs elsewhere still; None where nothing is to be.
+    left: list[Callable[[], None]] | None = None
+
+    def once_it_runs(self, step: Callable[[], None]) -> None:
+        """Do what draws traffic here: now, or once a guest that comes from another host runs on this one.
+
+        It journals nothing: whoever undoes may be at it already.
+        """
+        if self.left is None:
+            step()
+        else:
+            self.left.append(step)
 
     @property
     def device(self) -> Resource:

@@ -59,7 +59,7 @@ def open_port(job: Job) -> Opened:
     if job.intent.vlan is not None:
         default = sysfs.read_text(f"{job.settings.sys}/class/net/{bridge}/bridge/default_pvid")
         bridges.set_vlan(tap, job.intent.vlan, int(default or 0))
-    netlink.set_link(tap, up=True)
+    job.once_it_runs(lambda: netlink.set_link(tap, up=True))
     return Opened(netdev=tap, mac=job.intent.mac or random_mac())
 
 

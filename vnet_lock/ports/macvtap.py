@@ -30,7 +30,7 @@ def open_macvtap(job: Job, lower: str, mode: str, mac: str) -> Opened:
     netlink.add_macvtap(name, lower, mode, mac, alias)
     if final != name:
         netlink.rename_link(name, final)
-    netlink.set_link(final, up=True)
+    job.once_it_runs(lambda: netlink.set_link(final, up=True))
     _wait_for_node(job, final)
     return Opened(netdev=final, mac=mac)
 

@@ -80,7 +80,7 @@ def lead_to(job: Job, link: str) -> None:
 
     Neighbours are answered last of all. Refused where somebody else has the host answer for an address.
     """
-    from vnet_lock.kernel import netlink, routes, sysctl
+    from vnet_lock.kernel import routes, sysctl
     from vnet_lock.ports import forwarding
 
     uplink = uplink_of(job)
@@ -104,13 +104,19 @@ def lead_to(job: Job, link: str) -> None:
         sysctl.write(job.settings, name.format(link), value)
     if not has_ipv6:
         disable_ipv6(job.settings, link)
+    job.journal(tuple(ProxyNeighbour(uplink, address) for address in job.intent.addresses))
+    job.once_it_runs(lambda: _open_the_way(job.intent.addresses, uplink, link))
+
+
+def _open_the_way(addresses: tuple[str, ...], uplink: str, link: str) -> None:
+    from vnet_lock.kernel import netlink, routes
+
     netlink.set_link(link, up=True)
-    if has_ipv4:
+    if any(":" not in address for address in addresses):
         routes.add_gateway(link, _GATEWAY_IPV4, 32)
-    if has_ipv6:
+    if any(":" in address for address in addresses):
         routes.add_gateway(link, _GATEWAY_IPV6, 64)
-    for address in job.intent.addresses:
+    for address in addresses:
         routes.add_host_route(link, address)
-    for address in job.intent.addresses:
-        job.journal((ProxyNeighbour(uplink, address),))
+    for address in addresses:
         routes.add_proxy(uplink, address)

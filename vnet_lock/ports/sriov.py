@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import Unsupported, Vanished, VnetLockError
-from vnet_lock.model import Intent, Inventory, Mode, PciAddress, Pf, Vf, Wanted
+from vnet_lock.model import Intent, Inventory, Mode, Nic, PciAddress, Pf, Vf, Wanted
 from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.eswitch import hold_mode
@@ -89,11 +89,37 @@ def _open_netdev(job: Job, vf: Vf, pf_netdev: str) -> Opened:
     if job.intent.vlan is not None:
         netlink.set_vf(pf_netdev, vf.index, vlan=job.intent.vlan)
     mac = job.intent.mac or nic.mac
+    if job.left is not None:
+        return _open_awaited(job, vf, nic, pf_netdev, mac)
     netdev = nic.netdev if mac == nic.mac else _set_mac(job, vf, nic.netdev, pf_netdev, mac)
     if job.assignment.combination and job.assignment.combination.backend.has_socket:
         return open_hardware(job, netdev, mac)
     netlink.set_link(netdev, addrgenmode="none", up=True)
     return open_macvtap(job, netdev, "passthru", mac)
+
+
+def _open_awaited(job: Job, vf: Vf, nic: Nic, pf_netdev: str, mac: str) -> Opened:
+    """A macvtap on a VF that has the guest's MAC only once the guest runs: the embedded switch goes by it.
+
+    A VF that may not change its MAC takes the PF's when its driver is bound anew, but the macvtap would go
+    with that: so it is trusted for a moment.
+    """
+    from vnet_lock.kernel import netlink, rtnetlink
+
+    def take_mac() -> None:
+        try:
+            netlink.set_link(nic.netdev, mac=mac)
+        except VnetLockError:
+            trust = rtnetlink.read_vf_admin(pf_netdev)[vf.index].trust
+            netlink.set_vf(pf_netdev, vf.index, trust=True)
+            netlink.set_link(nic.netdev, mac=mac)
+            netlink.set_vf(pf_netdev, vf.index, trust=trust)
+        netlink.set_link(nic.netdev, addrgenmode="none", up=True)
+
+    job.once_it_runs(take_mac)
+    opened = open_macvtap(job, nic.netdev, "passthru", nic.mac)
+    opened.mac = mac
+    return opened
 
 
 def _set_mac(job: Job, vf: Vf, netdev: str, pf_netdev: str, mac: str) -> str:
