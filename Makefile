@@ -13,14 +13,15 @@ ARGS :=
 # So wide that a failed test's reason stands beside its name at the end.
 export COLUMNS := 250
 
-.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-life test-lab-older lab-shell demo bench bench-datapath
-.PHONY: bench-start lint clean
+.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-libvirt test-lab-long test-lab-older lab-shell demo
+.PHONY: bench bench-datapath bench-start lint clean
 
 help:
 	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
 	@echo 'make test        all tests; test-unit, test-kernel, test-lab: one ring'
 	@echo 'make lab-shell   a shell in that VM'
 	@echo 'make bench       speed and memory'
+	@echo 'make test-lab-long   what takes an hour more: a daemon killed anywhere, the full form, migration, save'
 	@echo 'make test-lab-older  the life of libvirt guests, with the libvirt of Debian 12 itself'
 	@echo 'make bench-start     virsh start with the hook beside without'
 	@echo 'make bench-datapath  throughput and latency of every combination, into docs/'
@@ -44,31 +45,36 @@ test-kernel: setup
 	$(SUDO) env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" COLUMNS="$$COLUMNS" PYTHONDONTWRITEBYTECODE=1 \
 		$(PYTEST) -p no:cacheprovider tests/kernel $(ARGS)
 
-# Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; with ARGS one has it all.
+# Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; with ARGS one has all of it,
+# and what takes longer than a CI has: that is test-lab-long's.
 IN_LAB = $(VM) $(LIBVIRT) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
 	--env COLUMNS="$$COLUMNS" -- sh -c \
 	'exec python -m pytest -p no:cacheprovider -v --durations=10 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
-LAB_DATAPATH := $(addprefix tests/lab/test_,$(addsuffix .py,combinations combinations_vf policy routed socket vhost_queues vhost_user vlan))
-LAB_LIBVIRT := $(addprefix tests/lab/test_,$(addsuffix .py,daemon life))
-LAB_LIFE := $(filter-out $(LAB_DATAPATH),$(wildcard tests/lab/test_*.py))
+lab_tests = $(patsubst %,tests/lab/test_%.py,$(1))
+LAB_LONG := $(call lab_tests,daemon full_form installation migration saved)
+LAB_LIBVIRT := $(call lab_tests,contenders hotplug late_vf life main_job rerun whole_pf)
+LAB_DATAPATH := $(filter-out $(LAB_LONG) $(LAB_LIBVIRT),$(wildcard tests/lab/test_*.py))
 
 test-lab: setup
 ifeq ($(ARGS),)
-	+@$(MAKE) --keep-going --no-print-directory -j2 test-lab-datapath test-lab-life
+	+@$(MAKE) --keep-going --no-print-directory -j2 test-lab-datapath test-lab-libvirt
 else
 	$(IN_LAB) tests/lab $(ARGS)
 endif
 
-# With the libvirt that Debian 12 itself has, 9.0, in the place of its backports' one.
-test-lab-older: LIBVIRT := --older
-test-lab-older: setup
-	$(IN_LAB) $(LAB_LIBVIRT) $(ARGS)
-
 test-lab-datapath: setup
 	$(IN_LAB) $(LAB_DATAPATH) $(ARGS)
 
-test-lab-life: setup
-	$(IN_LAB) $(LAB_LIFE) $(ARGS)
+test-lab-libvirt: setup
+	$(IN_LAB) $(LAB_LIBVIRT) $(ARGS)
+
+test-lab-long: setup
+	$(IN_LAB) $(LAB_LONG) $(ARGS)
+
+# With the libvirt that Debian 12 itself has, 9.0, in the place of its backports' one.
+test-lab-older: LIBVIRT := --older
+test-lab-older: setup
+	$(IN_LAB) $(call lab_tests,daemon life) $(ARGS)
 
 lab-shell: setup
 	@$(VM) --shell
