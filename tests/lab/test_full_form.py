@@ -166,8 +166,8 @@ def test_a_start_that_is_killed_leaves_no_claim_without_a_guest(lab: Nic, guests
 @pytest.mark.parametrize("path", sorted(XML.glob("*.xml")), ids=lambda path: path.name)
 def test_libvirt_defines_every_example(lab: Nic, path: Path) -> None:
     del lab
-    name = virsh("define", str(path)).stdout.split("'")[1]
-    virsh("undefine", name)
+    virsh("define", str(path))
+    virsh("undefine", path.read_text().partition("<name>")[2].partition("</name>")[0])
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_a_guest_of_a_file_runs_without_the_daemon_and_outlives_its_wrapper(
     nothing_is_left(lab, before)
     # The next start is as the first.
     made = guests.program("alone", argv, file_guest.with_suffix(".log"))
-    wait_until(lambda: owner_of(lab.vfs[0]) == "alone" and lab.vfs[0].driver == "vfio-pci", "it runs", 120)
+    wait_until(lambda: owner_of(lab.vfs[0]) == "alone" and lab.vfs[0].driver == "vfio-pci", "it runs", 400)
     made.kill(signal.SIGTERM)
     assert made.wait(120) == 0, made.said
     nothing_is_left(lab, before)
