@@ -163,8 +163,9 @@ def start(cases: Iterable[Case], guests: Guests, name: str) -> PlainGuest:
 
 @pytest.mark.parametrize("combinations", [ON_WIRES, VEB, PRIVATE], ids=["wires", "veb VFs", "private VFs"])
 def test_twice_in_a_row_and_killed_the_second_time_nothing_is_left(
-    nic: Nic, outside: Outside, far_vf: None, tmp_path: Path, combinations: tuple[Combination, ...]
+    nic: Nic, pairs: Pairs, tmp_path: Path, combinations: tuple[Combination, ...]
 ) -> None:
+    pairs.close()
     cases = {one: Case(one, Wire(number)) for number, one in enumerate(combinations)}
     if combinations is not ON_WIRES:
         cases = vf_cases(nic, combinations)
