@@ -1,4 +1,4 @@
-"""socket+vhost for guests that vnet-qemu doesn't run: an unmodified QEMU by the helper, libvirt's by the hook."""
+"""socket+vhost for guests that vnet-qemu doesn't run: a plain QEMU by the helper, libvirt's by its hook."""
 
 from __future__ import annotations
 
