@@ -302,7 +302,7 @@ class Footprint:
         parts["run"] = sorted(
             path.name
             for path in Path("/run/vnet-lock").rglob("*")
-            if path.name not in EMPTY_FOR_EVER and path.suffix != ".lock"
+            if path.name not in EMPTY_FOR_EVER and path.suffix not in (".lock", ".hooks")
         )
         parts["processes"] = _processes()
         return cls(parts)

@@ -163,7 +163,11 @@ def test_a_guest_that_is_reset_finds_its_network_again(one: Machine) -> None:
     one.qmp("set-action", reboot="reset")
     one.qmp("system_reset")
     console = one.guest.console
-    wait_until(lambda: console.text.count("VNET-GUEST ready") == 2, "it booted again", READY_S * 3)
+    wait_until(
+        lambda: console.text.count("VNET-GUEST ready") == 2 and console.text.endswith("\n"),
+        "it booted again",
+        READY_S * 3,
+    )
     assert console.text.splitlines()[-1].endswith("ping=3/3")
     assert back_ends() == before
     one.check_transfers()
