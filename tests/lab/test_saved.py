@@ -12,10 +12,8 @@ from tests.lab.contenders import CONTENDERS, HOST, appearance, intent_xml, late_
 from tests.lab.machines import Guests, LibvirtGuest, virsh
 from tests.lab.nic import Nic
 
-pytestmark = [
-    pytest.mark.usefixtures("hook"),
-    # Taps are saved and restored in the kernel ring.
-]
+# Taps are saved and restored in the kernel ring.
+pytestmark = pytest.mark.usefixtures("hook")
 
 not_shown = pytest.mark.xfail(run=False, reason="not shown yet in the lab")
 LINK = "saved-net0"

@@ -1,6 +1,6 @@
 """Carries frames between a guest's device and its QEMU, which takes no packet socket.
 
-    python -I -m vnet_lock.datapath.relay --packet=FD --guest=FD --netns=FD --ready=FD
+    vnet_lock.datapath.relay --packet=FD --guest=FD --netns=FD --ready=FD
 
 ``packet`` is a packet socket with virtio headers and auxiliary data on a device in the namespace ``netns``;
 ``guest`` is one end of a pair of unix sockets, SOCK_STREAM where the other end is QEMU's ``-netdev stream``,

@@ -1,6 +1,6 @@
 """The vhost-user back-end of one guest: a monitor, and the worker that it starts again whenever that ends.
 
-    python -m vnet_lock.datapath.vhost_user NODE --listener=FD --life=FD --queue0=FD... --netns=FD --ready=FD
+    vnet_lock.datapath.vhost_user NODE --listener=FD --life=FD --queue0=FD... --netns=FD --ready=FD
 
 The worker hands the guest's memory and rings to /dev/vhost-net with a packet socket for each pair of rings:
 no packet comes through this program. It serves one front-end, the connection that sets the owner, until
