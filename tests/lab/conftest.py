@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Tell at once why a test failed: the whole report comes at the end of an hour."""
-    if report.failed:
+    if report.failed or report.outcome == "rerun":
         crash = getattr(report.longrepr, "reprcrash", None)
         print(f"\n    {report.when}: {crash.message if crash else report.longrepr}", flush=True)
 

@@ -161,7 +161,14 @@ def start(cases: Iterable[Case], guests: Guests, name: str) -> PlainGuest:
     return guests.qemu(name, [*words, "-S"], program=["vnet-qemu"])
 
 
-@pytest.mark.parametrize("combinations", [ON_WIRES, VEB, PRIVATE], ids=["wires", "veb VFs", "private VFs"])
+@pytest.mark.parametrize(
+    "combinations",
+    [
+        pytest.param(ON_WIRES, id="wires", marks=pytest.mark.long),
+        pytest.param(VEB, id="veb VFs"),
+        pytest.param(PRIVATE, id="private VFs", marks=pytest.mark.long),
+    ],
+)
 def test_twice_in_a_row_and_killed_the_second_time_nothing_is_left(
     nic: Nic, pairs: Pairs, tmp_path: Path, combinations: tuple[Combination, ...]
 ) -> None:

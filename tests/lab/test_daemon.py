@@ -24,7 +24,7 @@ from tests.lab.daemons import LIBVIRTD, cannot_read_status, killed_at, split
 from tests.lab.machines import Guests, virsh
 from tests.lab.nic import Function, Nic, wait_until
 
-pytestmark = pytest.mark.usefixtures("hook")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("hook")]
 
 CLAIMS = Path("/run/vnet-lock/claims")
 # Bound anew a VF is another link.

@@ -15,6 +15,8 @@ from tests.lab.guest import domain_xml, kernel_words
 from tests.lab.machines import Guests, LibvirtGuest, virsh
 from tests.lab.nic import Function, Nic, run, wait_until
 
+pytestmark = pytest.mark.long
+
 CLAIMS = "/run/vnet-lock/claims"
 XML = Path(__file__).parents[2] / "xml"
 # Bound anew a VF's device is another link, and igbvf makes up another MAC where the PF has none for it.

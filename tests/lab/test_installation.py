@@ -18,6 +18,8 @@ from tests.lab.contenders import hostdev_xml, late_xml, owner_of, status, vnet_l
 from tests.lab.machines import Guests, virsh
 from tests.lab.nic import Nic, run, wait_until
 
+pytestmark = pytest.mark.long
+
 CONFIG = Path("/etc/vnet-lock/config.toml")
 HOOK = Path("/etc/libvirt/hooks/qemu.d/50-vnet-lock")
 DAEMON = Path("/run/libvirtd.pid")

@@ -13,7 +13,7 @@ from tests.lab.machines import Guests, LibvirtGuest, virsh
 from tests.lab.nic import Nic
 
 # Taps are saved and restored in the kernel ring.
-pytestmark = pytest.mark.usefixtures("hook")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("hook")]
 
 not_shown = pytest.mark.xfail(run=False, reason="not shown yet in the lab")
 LINK = "saved-net0"

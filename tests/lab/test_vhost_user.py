@@ -153,8 +153,8 @@ def test_a_worker_that_is_killed_is_replaced_and_the_guest_goes_on(one: Machine)
     os.kill(worker, signal.SIGKILL)
     wait_until(lambda: len(back_ends()) == 2 and worker not in back_ends(), "there is a new worker")
     assert back_ends()[0] == monitor
-    wait_until(lambda: one.run("[ $(cat /sys/class/net/eth0/carrier) = 1 ]") == "0", "QEMU came back")
-    assert one.pings() == "3/3"
+    # The guest may not have seen yet that its link went down.
+    wait_until(lambda: one.pings() == "3/3", "QEMU came back")
     one.check_transfers()
 
 
