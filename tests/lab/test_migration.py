@@ -21,8 +21,7 @@ from tests.lab.nic import wait_until
 from tests.lab.test_late_vf import PORTS
 from tests.lab.two_hosts import SECOND_AT, THIRD_AT, Host, Pings, TwoHosts, two_hosts
 
-# A VF did move so in the lab by hand; these haven't run yet.
-pytestmark = [pytest.mark.long, pytest.mark.xfail(run=False, reason="not shown yet in the lab")]
+pytestmark = pytest.mark.long
 
 GUEST_AT, GUEST_MAC, LINK = "10.7.0.2", "52:54:00:00:0a:01", "mover-net0"
 BRIDGE = "wire0"

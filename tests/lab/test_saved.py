@@ -15,7 +15,6 @@ from tests.lab.nic import Nic
 # Taps are saved and restored in the kernel ring.
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("hook")]
 
-not_shown = pytest.mark.xfail(run=False, reason="not shown yet in the lab")
 LINK = "saved-net0"
 # Bound anew a VF is another link; everything else is to be as it was.
 OF_THE_LINK = ("ifindex", "operstate", "flags")
@@ -73,7 +72,6 @@ def test_a_saved_guest_gives_its_vf_back_and_has_a_free_one_when_it_is_restored(
     assert claims() == []
 
 
-@not_shown
 def test_a_guest_with_a_managed_save_starts_with_what_is_free(lab: Nic, guests: Guests) -> None:
     lab.set_numvfs(2)
     lab.set_address(f"{HOST}/24")
@@ -90,7 +88,6 @@ def test_a_guest_with_a_managed_save_starts_with_what_is_free(lab: Nic, guests: 
     first.end()
 
 
-@not_shown
 def test_a_guest_that_goes_back_to_a_snapshot_has_a_vf_still(
     lab: Nic, guests: Guests, tmp_path: Path
 ) -> None:

@@ -3,7 +3,8 @@
 A model of libvirt's own states (qemuProcessStart, qemuProcessStop and qemuProcessReconnect in its
 qemu_process.c) says which step can come next; the hook's answers are the real ones, on claims in files.
 Every state that two guests can get into is visited once. Between any two steps libvirt's daemon may be killed
-and come back, or a QEMU die; a hook may be killed at each of its writes.
+and come back, or a QEMU die; a hook may be killed at each of its writes. A guest that comes from another host
+or a file may not get as far as its `prepare`, and its reservation may end before.
 """
 
 from __future__ import annotations
@@ -34,12 +35,19 @@ DAEMON = 4711
 KILLS = int(os.environ.get("VNET_LOCK_KILLS", "1"))
 # How the parent knows a hook that was killed.
 KILLED = 137
+# When a reservation ended, on the clock that it has.
+LONG_AGO = 0.5
+
+
+# Operations at which the hook grants what a guest needs, or refuses it.
+REFUSES = ("migrate", "restore", "prepare", "start")
 
 
 class Phase(StrEnum):
     """How far libvirt is with a guest."""
 
     OFF = "off"
+    ARRIVED = "arrived"  # the hook was asked for its XML; no `release` follows where libvirt gives up
     PREPARED = "prepared"  # libvirt takes its devices; no status file yet
     RUNNING = "running"
     UNKNOWN = "unknown"  # it ran when this daemon began, which hasn't called `reconnect` yet
@@ -68,11 +76,12 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Guest:
-    """A guest: the VFs that its definition names, and those that a network chooses for it."""
+    """A guest: the VFs that its definition names, those that a network chooses, and how it comes here."""
 
     name: str
     fixed: tuple[str, ...] = ()
     chosen: tuple[str, ...] = ()
+    arrives: str = ""  # "migrate" or "restore"; it is not started here otherwise
 
     def vfs(self, operation: str) -> tuple[str, ...]:
         """Those in the XML at an operation; at the end it is the definition, which may have changed."""
@@ -118,8 +127,25 @@ class State:
             process = found["owner"].get("process")
             owner = (found["owner"]["name"], process and process["pid"] == self.daemon)
             found = {**found, "owner": owner, "token": "", "since": 0, "worker": bool(found.get("worker"))}
+            if reservation := found.get("reservation"):
+                reservation["until_s"] = reservation["until_s"] == LONG_AGO
             claims.append(json.dumps(found, sort_keys=True))
         return self.phases, self.granted, self.is_up, tuple(sorted(claims))
+
+    @property
+    def after_a_while(self) -> State:
+        """This one when all reservations have ended."""
+        table = []
+        for name, data in self.table:
+            found = {} if name.startswith(".") else json.loads(data)
+            if reservation := found.get("reservation"):
+                reservation["until_s"] = LONG_AGO
+            table.append((name, json.dumps(found).encode() if reservation else data))
+        granted = tuple(
+            frozenset() if phase is Phase.ARRIVED else had
+            for had, phase in zip(self.granted, self.phases, strict=True)
+        )
+        return replace(self, table=tuple(table), granted=granted, path=(*self.path, "a minute passes"))
 
     def of(self, index: int, phase: Phase, step: str, granted: frozenset[str] | None = None) -> State:
         """This one with a guest in another phase."""
@@ -150,7 +176,7 @@ class World:
         """Have everything imported that a hook imports, for the processes that call it."""
         self.host.process(DAEMON, "libvirtd")
         self.host.process(os.getpid(), "python")
-        for operation in ("prepare", "start", "reconnect", "stopped", "release"):
+        for operation in ("restore", "prepare", "start", "reconnect", "stopped", "release"):
             guest = Guest("9", (VF0,))
             answer(Call(self.settings, DAEMON, "9", operation, guest.xml(operation)), Session, Told([]))
 
@@ -250,6 +276,9 @@ class Told:
     def log(self, text: str) -> None:
         self.lines.append(text)
 
+    def give(self, xml: bytes) -> None:
+        raise AssertionError(f"another XML: {xml!r}")
+
 
 class Explorer:
     """Visits every state that can be reached with so many kills."""
@@ -291,6 +320,8 @@ class Explorer:
                 yield state.of(index, Phase.DEAD, f"QEMU of {guest.name} dies")
             if state.is_up:
                 yield from self.steps_of_guest(state, index)
+        if (later := state.after_a_while).key != state.key:
+            yield later
         if state.is_up:
             yield replace(
                 state,
@@ -311,6 +342,12 @@ class Explorer:
     def steps_of_guest(self, state: State, index: int) -> Iterator[State]:
         """What libvirt's daemon can do next with a guest."""
         match state.phases[index]:
+            case Phase.OFF if operation := self.world.guests[index].arrives:
+                yield from self.hook(state, index, operation, Phase.ARRIVED, Phase.OFF)
+            case Phase.ARRIVED:
+                yield from self.hook(state, index, "prepare", Phase.PREPARED, Phase.FAILED)
+                name = self.world.guests[index].name
+                yield state.of(index, Phase.OFF, f"libvirt gives {name} up", frozenset())
             case Phase.OFF:
                 yield from self.hook(state, index, "prepare", Phase.PREPARED, Phase.FAILED)
             case Phase.PREPARED:
@@ -341,13 +378,15 @@ class Explorer:
             after = replace(state, table=self.world.read_table())
             if kill_at is None:
                 writes, kill_at = began, 0
-                assert status == 0 or operation in ("prepare", "start"), (*state.path, step)
+                assert status == 0 or operation in REFUSES, (*state.path, step)
             else:
                 step += f" at write {kill_at}"
                 after, kill_at = replace(after, hooks_killed=state.hooks_killed + 1), kill_at + 1
             granted = state.granted[index]
-            if status == 0 and operation in ("prepare", "start"):
+            if status == 0 and operation in REFUSES:
                 granted = frozenset(guest.vfs(operation))
+            elif operation == "prepare":
+                granted = frozenset()  # libvirt has touched nothing yet
             yield after.of(index, done if status == 0 else failed, step, granted)
             if state.hooks_killed + state.daemons_killed >= self.kills:
                 return
@@ -367,6 +406,7 @@ class Explorer:
         if set(state.phases) == {Phase.OFF} and state.is_up:
             # Where a hook was killed, it may take a new daemon to prove that no start is going on.
             again = replace(state, daemon=state.daemon + 1) if state.hooks_killed else state
+            again = again.after_a_while
             self.check_that_nothing_is_lost(again)
 
     def check_that_nothing_is_lost(self, state: State) -> None:
@@ -383,6 +423,8 @@ class Explorer:
 PAIRS = {
     "the same VF": (Guest("1", (VF0,)), Guest("2", (VF0, VF1))),
     "a network chooses": (Guest("1", (VF0,)), Guest("2", (), (VF0,))),
+    "one comes from a file": (Guest("1", (VF0,), arrives="restore"), Guest("2", (VF0, VF1))),
+    "one comes from another host": (Guest("1", (VF0,)), Guest("2", (VF0, VF1), arrives="migrate")),
 }
 
 
