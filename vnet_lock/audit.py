@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from vnet_lock.config import Config, read_config
 from vnet_lock.errors import VnetLockError
-from vnet_lock.journal import Companion, SharedLink
+from vnet_lock.journal import Companion, Datapath, SharedLink
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.marks import PREFIX, read_mark
@@ -149,6 +149,7 @@ class _Auditor:
             states[resource] = self._judge(resource, resource in disputed)
         self._find_stale()
         self._find_unplugged()
+        self._find_cut_off()
         self._find_vanished()
         self._find_damaged()
         self._find_orphans()
@@ -310,6 +311,21 @@ class _Auditor:
                     f"or give the device back: vnet-lock release {resource} --force"
                 )
                 self._error("unplugged", resource, message)
+
+    def _find_cut_off(self) -> None:
+        """Guests whose packets nobody carries any more."""
+        for resource, claims in self.claims.items():
+            for claim in claims:
+                entry = next((one for one in claim.journal if isinstance(one, Datapath)), None)
+                if entry is None or not self.lives(claim):
+                    continue
+                if is_alive(self.settings, Process(entry.pid, entry.start_ticks)):
+                    continue
+                message = (
+                    f"{claim.owner.text} has no network at its interface {claim.interface}: the process that "
+                    f"carried its packets (pid {entry.pid}) is gone; stop and start the guest"
+                )
+                self._error("cut-off", resource, message)
 
     def _find_vanished(self) -> None:
         for resource, claims in self.claims.items():

@@ -163,6 +163,17 @@ class Keeper:
 
 
 @dataclass(frozen=True, slots=True)
+class Datapath:
+    """The process that carries an interface's packets, by pid and start ticks since boot.
+
+    It ends by itself when the guest does; where it ended before, the guest has no network.
+    """
+
+    pid: int
+    start_ticks: int
+
+
+@dataclass(frozen=True, slots=True)
 class LibvirtMacvtap:
     """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
 
@@ -188,6 +199,7 @@ Entry = (
     | SocketFile
     | Companion
     | Keeper
+    | Datapath
     | LibvirtMacvtap
 )
 _KINDS: dict[str, type[Entry]] = {
@@ -205,6 +217,7 @@ _KINDS: dict[str, type[Entry]] = {
     "socket-file": SocketFile,
     "companion": Companion,
     "keeper": Keeper,
+    "datapath": Datapath,
     "libvirt-macvtap": LibvirtMacvtap,
 }
 _NAMES = {cls: name for name, cls in _KINDS.items()}

@@ -19,7 +19,7 @@ from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Entry, EswitchMode, Keeper, LibvirtMacvtap, SocketFile, share_key
+from vnet_lock.journal import Datapath, Entry, EswitchMode, Keeper, LibvirtMacvtap, SocketFile, share_key
 from vnet_lock.kernel import processes, programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.liveness import Liveness
@@ -227,6 +227,11 @@ class Session:
         finally:
             grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
+        try:
+            self._note_datapath(grant.token, connection.datapath)
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def serve(self, grants: Iterable[Grant]) -> None:
@@ -248,8 +253,7 @@ class Session:
             try:
                 background.start(self.settings, background.keep, journal, kept=connection.kept)
             finally:
-                for descriptor in connection.descriptors:
-                    os.close(descriptor)
+                connection.close()
 
     def adopt(self, owner: Owner, requests: Iterable[Request], running: bool = False) -> list[str]:
         """Claim what libvirt itself set up for a guest that is about to run, or runs.
@@ -667,6 +671,12 @@ class Session:
             first = _first(claims, token)
             writer.replace(replace(first, journal=(*first.journal, entry)))
         return path
+
+    def _note_datapath(self, token: str, pid: int | None) -> None:
+        """Have `status` know it; one that is gone already took its guest's network with it."""
+        process = processes.read_process(self.settings, pid) if pid else None
+        if process is not None:
+            self._journal_of(token)((Datapath(process.pid, process.start_ticks),))
 
     def _note_mac(self, token: str, mac: str | None) -> None:
         with self.table.guarded() as writer:

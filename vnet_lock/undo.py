@@ -10,6 +10,7 @@ from typing import assert_never
 from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import (
     Companion,
+    Datapath,
     DhcpServer,
     Driver,
     Entry,
@@ -100,6 +101,8 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
             background.end(settings, process, "the process that was to plug a device into a guest")
         case Keeper():
             end_keeper(settings, entry)
+        case Datapath():
+            pass  # it ends by itself
         case LibvirtMacvtap():
             _remove_libvirts(settings, entry)
         case VfAdmin():

@@ -168,6 +168,11 @@ def test_whatever_is_killed_nothing_is_left(host: Host, victim: str):
             # The guest lives, and ends as it would have.
             eventually(lambda: not is_running(relay))
             assert is_running(qemu)
+            status = subprocess.run([VNET_LOCK, "status"], capture_output=True, text=True, check=False)
+            assert (
+                f"has no network at its interface net0: the process that carried its packets (pid {relay})"
+                in (" ".join(status.stdout.split()))
+            ), status.stdout
             os.kill(qemu, signal.SIGTERM)
         elif victim == "wrapper":
             process.wait(timeout=20)

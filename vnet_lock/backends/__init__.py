@@ -10,6 +10,7 @@ The file of a backend is named like its member of ``Backend`` and has two functi
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -24,7 +25,8 @@ class Connection:
 
     ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone, ``path``, a
     unix socket, for socket+vhost; ``iommufd`` says that the kernel offers the function through it, too. QEMU
-    inherits ``kept`` without knowing of it: what serves the guest ends with its last holder.
+    inherits ``kept`` without knowing of it: what serves the guest ends with its last holder. ``datapath`` is
+    the pid of the process of ours that carries the packets, where there is one.
     """
 
     combination: Combination
@@ -36,11 +38,17 @@ class Connection:
     path: str | None = None
     kept: tuple[int, ...] = ()
     iommufd: bool = False
+    datapath: int | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:
         """All that the caller owns, in the order in which they are handed on."""
         return (*self.fds, *self.vhost_fds, *self.kept)
+
+    def close(self) -> None:
+        """Let go of them all: what was to serve the guest ends."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
 
 
 def find(backend: Backend) -> ModuleType | None:

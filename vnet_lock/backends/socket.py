@@ -46,5 +46,5 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     with device, ours, theirs:
         descriptors = {"packet": device.fileno(), "guest": ours.fileno(), "netns": opened.netns}
-        launch.start("relay", [], descriptors)
-        return Connection(combination, opened.mac, (theirs.detach(),), netdev=netdev)
+        pid = launch.start("relay", [], descriptors)
+        return Connection(combination, opened.mac, (theirs.detach(),), netdev=netdev, datapath=pid)

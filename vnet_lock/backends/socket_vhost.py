@@ -39,7 +39,7 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
         life, kept = os.pipe()
         stack.callback(os.close, life)
         try:
-            launch.start(
+            pid = launch.start(
                 "vhost_user",
                 [f"{settings.dev}/vhost-net"],
                 {
@@ -52,7 +52,9 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
         except BaseException:
             os.close(kept)
             raise
-    return Connection(combination, opened.mac, netdev=opened.netdev, path=opened.path, kept=(kept,))
+    return Connection(
+        combination, opened.mac, netdev=opened.netdev, path=opened.path, kept=(kept,), datapath=pid
+    )
 
 
 def listen(path: str) -> socket.socket:

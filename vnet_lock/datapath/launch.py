@@ -13,8 +13,8 @@ from vnet_lock.errors import VnetLockError
 
 # It has Python to start and a device to open; under full emulation that takes seconds.
 _READY_S = 30.0
-# What a process says on its descriptor ``ready`` when it serves; anything else is why it can't.
-READY = b"ready"
+# What a process says on its descriptor ``ready`` when it serves, and its pid; anything else is why it can't.
+READY = b"ready "
 # A module of ours, from where we are, and nothing else but the standard library: a hook's interpreter knows
 # of no environment, and it starts in half the time.
 _PROGRAM = (
@@ -24,8 +24,8 @@ _PROGRAM = (
 _HOME = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
-def start(name: str, args: Sequence[str], descriptors: Mapping[str, int]) -> None:
-    """Run ``vnet_lock.datapath.NAME`` with ``args`` and a word ``--KEY=FD`` for each descriptor.
+def start(name: str, args: Sequence[str], descriptors: Mapping[str, int]) -> int:
+    """Run ``vnet_lock.datapath.NAME`` with ``args`` and a word ``--KEY=FD`` for each descriptor; its pid.
 
     It is nobody's child, has a session of its own, no standard streams, and no other descriptor of ours; the
     caller keeps those that it passes. Raises VnetLockError with its own words where it doesn't come to serve.
@@ -46,14 +46,15 @@ def start(name: str, args: Sequence[str], descriptors: Mapping[str, int]) -> Non
         os.close(ready)
         if told >= 0:
             os.close(told)
-    if answer != READY:
+    if not answer.startswith(READY):
         reason = answer.decode(errors="replace").strip() or "it ended without a word"
         raise VnetLockError(f"the process that is to carry the packets ({name}) can't: {reason}")
+    return int(answer.removeprefix(READY))
 
 
 def report_ready(descriptor: int, problem: str = "") -> None:
     """Tell whoever started us that we serve, or why we can't; once."""
-    os.write(descriptor, problem.encode() if problem else READY)
+    os.write(descriptor, problem.encode() if problem else READY + b"%d" % os.getpid())
     os.close(descriptor)
 
 
