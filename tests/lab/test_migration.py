@@ -87,7 +87,8 @@ def running(hosts: TwoHosts, tmp_path: Path, results: Path, interfaces: str, *wi
     hosts.first.virsh("define", str(tmp_path / "mover.xml"))
     hosts.first.virsh("start", "mover")
     try:
-        assert here.ready()["ping"] == "3/3"
+        # A teamed VF may be there already, without an address of its own.
+        assert here.ready()["ping"].split(",")[0] == "3/3"
         yield Mover(hosts, here, there)
     finally:
         for host in (hosts.first, hosts.second):
@@ -210,7 +211,8 @@ def test_a_migration_that_fails_or_is_cancelled_leaves_all_as_it_was(
     wait_until(lambda: second.claims == [], "nothing is claimed there")
     moving = mover.migrate("--bandwidth", "2")
     wait_until(is_there(mover), "its QEMU is there", 120)
-    second.virsh("destroy", "mover")
+    # libvirt may find that it has ended by itself.
+    second.virsh("destroy", "mover", check=False)
     moving.communicate(timeout=240)
     assert moving.returncode != 0
     wait_until(lambda: second.claims == [], "nothing is claimed there")
