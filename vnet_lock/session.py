@@ -228,7 +228,8 @@ class Session:
             grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         try:
-            self._note_datapath(grant.token, connection.datapath)
+            if process := connection.datapath:
+                self._journal_of(grant.token)((Datapath(process.pid, process.start_ticks),))
         except BaseException:
             connection.close()
             raise
@@ -671,12 +672,6 @@ class Session:
             first = _first(claims, token)
             writer.replace(replace(first, journal=(*first.journal, entry)))
         return path
-
-    def _note_datapath(self, token: str, pid: int | None) -> None:
-        """Have `status` know it; one that is gone already took its guest's network with it."""
-        process = processes.read_process(self.settings, pid) if pid else None
-        if process is not None:
-            self._journal_of(token)((Datapath(process.pid, process.start_ticks),))
 
     def _note_mac(self, token: str, mac: str | None) -> None:
         with self.table.guarded() as writer:

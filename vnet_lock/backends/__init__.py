@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from vnet_lock.combination import Backend, Combination
-from vnet_lock.model import PciAddress
+from vnet_lock.model import PciAddress, Process
 from vnet_lock.ports import load
 
 
@@ -26,7 +26,7 @@ class Connection:
     ``fds`` and ``vhost_fds`` have one descriptor for each queue; ``pci`` is set for VFIO alone, ``path``, a
     unix socket, for socket+vhost; ``iommufd`` says that the kernel offers the function through it, too. QEMU
     inherits ``kept`` without knowing of it: what serves the guest ends with its last holder. ``datapath`` is
-    the pid of the process of ours that carries the packets, where there is one.
+    the process of ours that carries the packets, where there is one.
     """
 
     combination: Combination
@@ -38,7 +38,7 @@ class Connection:
     path: str | None = None
     kept: tuple[int, ...] = ()
     iommufd: bool = False
-    datapath: int | None = None
+    datapath: Process | None = None
 
     @property
     def descriptors(self) -> tuple[int, ...]:

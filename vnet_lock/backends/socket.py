@@ -29,7 +29,6 @@ def missing(settings: Settings) -> str:
 
 def connect(settings: Settings, intent: Intent, opened: Opened, combination: Combination) -> Connection:
     """Start the relay, and return QEMU's end of it; it ends when nobody has that open any more."""
-    del settings
     if opened.netdev is None or opened.netns is None:
         raise VnetLockError(f"{intent.interface}: {combination.text} has no device to open")
     from vnet_lock.datapath import launch
@@ -46,5 +45,5 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
     ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
     with device, ours, theirs:
         descriptors = {"packet": device.fileno(), "guest": ours.fileno(), "netns": opened.netns}
-        pid = launch.start("relay", [], descriptors)
-        return Connection(combination, opened.mac, (theirs.detach(),), netdev=netdev, datapath=pid)
+        process = launch.start(settings, "relay", [], descriptors)
+        return Connection(combination, opened.mac, (theirs.detach(),), netdev=netdev, datapath=process)

@@ -39,7 +39,8 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
         life, kept = os.pipe()
         stack.callback(os.close, life)
         try:
-            pid = launch.start(
+            process = launch.start(
+                settings,
                 "vhost_user",
                 [f"{settings.dev}/vhost-net"],
                 {
@@ -53,7 +54,7 @@ def connect(settings: Settings, intent: Intent, opened: Opened, combination: Com
             os.close(kept)
             raise
     return Connection(
-        combination, opened.mac, netdev=opened.netdev, path=opened.path, kept=(kept,), datapath=pid
+        combination, opened.mac, netdev=opened.netdev, path=opened.path, kept=(kept,), datapath=process
     )
 
 
