@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 
 from vnet_lock.config import Config, read_config
+from vnet_lock.dataclass import dataclass, field
 from vnet_lock.errors import VnetLockError
 from vnet_lock.journal import Companion, Datapath, SharedLink
 from vnet_lock.kernel.kinship import Kinship

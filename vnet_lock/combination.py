@@ -6,8 +6,9 @@ our own vfio forms.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+from vnet_lock.dataclass import dataclass
 
 
 class Policy(StrEnum):

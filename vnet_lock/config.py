@@ -11,10 +11,10 @@ import re
 import stat
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from vnet_lock.combination import Policy, Port, ports_of
+from vnet_lock.dataclass import dataclass, field, replace
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.model import Intent, Inventory, PciAddress, Pf, Request, Resource, Vf, is_ifname
 from vnet_lock.settings import Settings

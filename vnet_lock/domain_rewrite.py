@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
+from vnet_lock.dataclass import dataclass, field
 from vnet_lock.errors import BadInput
 from vnet_lock.model import PciAddress
 

@@ -7,10 +7,10 @@ guest's metadata asks for (``urn:vnet-lock:guest:1``, schema in xml/vnet-guest.r
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
+from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.model import Fixed, Form, Intent, PciAddress, Request, is_ifname, parse_guest_address
 

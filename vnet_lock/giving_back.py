@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 
 from vnet_lock.claims import ClaimTable
+from vnet_lock.dataclass import replace
 from vnet_lock.errors import Refused, VnetLockError
 from vnet_lock.journal import Keeper, MadeLink, share_key
 from vnet_lock.kernel import processes

@@ -5,8 +5,9 @@ Values and their JSON form only; carrying an undo out is undo.py's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
+
+from vnet_lock.dataclass import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,8 +28,6 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
     ``timeout_s`` (with the holder, read below ``proc``), or where the path is no plain file of ours.
     Not reentrant: a second guard on the same path waits in vain, in the same thread too.
     """
-    import inspect  # filelock itself, and dataclasses, have it loaded
-
     # 30 to 50 ms: only who takes a guard pays for it. Its read-write locks and asyncio stay unloaded.
     import filelock
 
@@ -46,6 +44,8 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
             filelock.unlock_descriptor(fd)
             os.close(fd)
         return
+
+    import inspect
 
     os.close(_open(path))
     # Those with a mode set it on each acquire, to 0644 unless told; 3.9 has none and leaves the file alone.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from vnet_lock.combination import COMBINATIONS, Combination, Policy, Port
+from vnet_lock.dataclass import dataclass
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Intent, Inventory, Nic, Plan, Refusal
 from vnet_lock.probing import Probes

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 from vnet_lock.combination import Port
+from vnet_lock.dataclass import dataclass
 from vnet_lock.model import (
     Assignment,
     Claim,

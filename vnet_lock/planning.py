@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
+from vnet_lock.dataclass import dataclass, field, replace
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.journal import Link
 from vnet_lock.model import (

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, ports_of
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput
 from vnet_lock.model import Intent, PciAddress, is_ifname, parse_guest_address
 from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options

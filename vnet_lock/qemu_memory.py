@@ -7,8 +7,8 @@ file of his, or can't be shared, is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput
 from vnet_lock.qemu_words import Option, Properties
 

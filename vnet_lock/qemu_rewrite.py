@@ -6,10 +6,10 @@ Never looks at the host, opens or runs anything; the words come from how each ne
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol, assert_never
 
 from vnet_lock.combination import Backend, Combination
+from vnet_lock.dataclass import dataclass
 from vnet_lock.model import Intent, PciAddress
 from vnet_lock.qemu_argv import Host, Nic, QemuArgv
 from vnet_lock.qemu_memory import share_memory

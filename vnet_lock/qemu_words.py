@@ -6,8 +6,9 @@ As QEMU does it in system/vl.c, util/qemu-option.c and util/keyval.c. Knows no o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from vnet_lock.dataclass import dataclass
 
 # Options without a value, of QEMU 7 to 10 (qemu-options.hx, HAS_ARG absent), all targets.
 _NO_VALUE = frozenset(

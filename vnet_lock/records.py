@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json  # 4 ms, and here: in a function it would be imported while the guard is held
 import re
-from dataclasses import fields
 from functools import lru_cache
 from typing import Any, get_args
 
 from vnet_lock import journal
+from vnet_lock.dataclass import fields
 from vnet_lock.model import (
     Claim,
     Mode,

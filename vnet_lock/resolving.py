@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
 
 from vnet_lock.combination import Backend, Combination, Policy, Port
+from vnet_lock.dataclass import replace
 from vnet_lock.domain_rewrite import Form, bridge, direct, function, made, user, vf
 from vnet_lock.domain_xml import LATE_BACKENDS, Wish
 from vnet_lock.errors import BadInput, Unsupported

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from vnet_lock.combination import Policy, Port
+from vnet_lock.dataclass import dataclass
 from vnet_lock.model import Claim, Mode, Owner, PciAddress, ResourceKind, State, Wanted
 
 PidOf = Callable[[Owner], int | None]

@@ -10,13 +10,13 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
 from vnet_lock.claims import ClaimTable, Writer, new_token
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
+from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
 from vnet_lock.journal import Datapath, Entry, EswitchMode, Keeper, LibvirtMacvtap, SocketFile, share_key

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from vnet_lock.dataclass import dataclass
 
 if TYPE_CHECKING:
     from pathlib import Path  # 8 ms in a hook

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import assert_never
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.journal import MadeLink
 from vnet_lock.model import Claim, Mode, Owner, Resource, ResourceKind, UseKind, User
 

@@ -11,10 +11,10 @@ The file of a backend is named like its member of ``Backend`` and has two functi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from types import ModuleType
 
 from vnet_lock.combination import Backend, Combination
+from vnet_lock.dataclass import dataclass
 from vnet_lock.model import PciAddress, Process
 from vnet_lock.ports import load
 

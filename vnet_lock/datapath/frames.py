@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
+
+from vnet_lock.dataclass import dataclass
 
 Buffer = bytes | bytearray | memoryview
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.datapath.vhost_memory import Memory
 from vnet_lock.datapath.vhost_message import Message, ProtocolError, Request
 

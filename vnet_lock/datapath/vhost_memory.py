@@ -7,8 +7,8 @@ import mmap
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.datapath.vhost_message import ProtocolError
 
 _MOST = 1 << 64

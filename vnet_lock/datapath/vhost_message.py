@@ -9,9 +9,9 @@ import array
 import os
 import socket
 import struct
-from dataclasses import dataclass, field
 from enum import IntEnum
 
+from vnet_lock.dataclass import dataclass, field
 from vnet_lock.errors import VnetLockError
 
 _HEADER = struct.Struct("=III")  # request, flags, size of what follows

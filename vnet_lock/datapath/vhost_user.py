@@ -24,8 +24,8 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
 
+from vnet_lock.dataclass import dataclass, field
 from vnet_lock.datapath.launch import report_ready
 from vnet_lock.datapath.packet_queues import PacketQueues
 from vnet_lock.datapath.vhost_device import Device, Kernel, Packets, offered_features

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from typing import Protocol
 
 from vnet_lock.combination import Backend, Port
+from vnet_lock.dataclass import replace
 from vnet_lock.domain_rewrite import Form, made, rewrite
 from vnet_lock.domain_xml import LATE_BACKENDS, Wish, read_guest, read_wishes
 from vnet_lock.errors import Unsupported

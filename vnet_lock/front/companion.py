@@ -13,10 +13,10 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vnet_lock.claims import ClaimTable
+from vnet_lock.dataclass import replace
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.journal import Companion, Entry

@@ -8,8 +8,8 @@ import select
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
+from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front.command import print_error
 from vnet_lock.front.program import ENDING

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 
 from vnet_lock.backends import tap_vhost, vfio
 from vnet_lock.claims import ClaimTable
 from vnet_lock.config import Config, format_indices, read_config
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hooks_install import HookFile, HookState

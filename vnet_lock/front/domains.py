@@ -12,12 +12,12 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 from uuid import uuid4
 
 from vnet_lock.combination import Backend
+from vnet_lock.dataclass import replace
 from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
 from vnet_lock.domain_xml import Plugged, read_guest, read_identity, read_plugged
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError

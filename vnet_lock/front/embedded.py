@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from vnet_lock.dataclass import replace
 from vnet_lock.domain_xml import read_guest, read_identity
 from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front.program import ENDING

@@ -65,8 +65,7 @@ def qemu_words(connection: Connection, intent: Intent) -> list[str]:
 
     Where the guest's memory must be shared, {memory} is its size (like 2G), and no other -m is to be there.
     """
-    from dataclasses import replace
-
+    from vnet_lock.dataclass import replace
     from vnet_lock.front.wrapper import Shown
     from vnet_lock.qemu_argv import read_argv
     from vnet_lock.qemu_rewrite import rewrite

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from enum import Enum
 
 from vnet_lock.combination import Backend, Policy
+from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.model import Intent
 

@@ -212,7 +212,7 @@ def _give_back(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         open_session(call.settings).release(owner)
     elif os.path.lexists(f"{call.settings.libvirt_run}/qemu/{call.guest}.xml"):
         # Of a guest that never had its QEMU there is no file whose removal could tell anything.
-        from dataclasses import replace
+        from vnet_lock.dataclass import replace
 
         open_session(call.settings).hand_over(owner, replace(owner, process=None))
 

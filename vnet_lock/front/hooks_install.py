@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import dataclass
 from enum import StrEnum
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.kernel.confinement import has_apparmor
 from vnet_lock.settings import Settings

@@ -13,10 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Self
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 
 try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vnet_lock.audit import Audit, Finding, ResourceState, Severity, Standing
+from vnet_lock.dataclass import dataclass
 from vnet_lock.front.report_json import asked_text
 from vnet_lock.journal import to_json
 from vnet_lock.model import Claim, Pf, Plan, Refusal, Rejection, Resource, ResourceKind, Vf

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from vnet_lock.combination import Backend, Combination, Port
+from vnet_lock.dataclass import dataclass, field
 from vnet_lock.model import Claim, ResourceKind
 from vnet_lock.qemu_words import Option, Properties, split_options
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 from vnet_lock.combination import Backend
+from vnet_lock.dataclass import dataclass
 from vnet_lock.domain_rewrite import Form, rewrite
 from vnet_lock.domain_xml import Wish, read_guest, read_wishes
 from vnet_lock.errors import Unsupported

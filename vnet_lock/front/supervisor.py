@@ -12,9 +12,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error
 from vnet_lock.front.program import ENDING, become

@@ -10,11 +10,11 @@ import signal
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from vnet_lock.claims import ClaimTable
+from vnet_lock.dataclass import dataclass
 from vnet_lock.domain_xml import parse, read_fixed, read_user_aliases
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from vnet_lock.combination import Backend, Combination
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput
 from vnet_lock.front.command import serve
 from vnet_lock.front.program import become, find_program

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.kernel import programs
 from vnet_lock.kernel.processes import iterate_pids, read_command, read_process
 from vnet_lock.kernel.sysfs import read_text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from enum import StrEnum
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import Unsupported, Vanished
 from vnet_lock.kernel.sysfs import list_netdevs, read_macvtap_rdev
 from vnet_lock.settings import Settings

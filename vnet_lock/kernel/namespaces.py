@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.processes import iterate_pids

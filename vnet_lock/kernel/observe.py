@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import Vanished
 from vnet_lock.kernel import rtnetlink, sysfs
 from vnet_lock.kernel.users import read_users

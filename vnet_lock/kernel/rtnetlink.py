@@ -11,9 +11,9 @@ import os
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import Vanished, VnetLockError
 
 if TYPE_CHECKING:

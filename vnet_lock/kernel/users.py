@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
+from vnet_lock.dataclass import replace
 from vnet_lock.kernel.marks import read_mark
 from vnet_lock.kernel.pci import is_vfio_driver
 from vnet_lock.kernel.processes import find_holders, read_command, read_lock_holder

@@ -14,11 +14,11 @@ import importlib
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
 
 from vnet_lock.combination import Port
+from vnet_lock.dataclass import dataclass
 from vnet_lock.journal import Entry
 from vnet_lock.model import Assignment, Intent, Inventory, PciAddress, Resource
 from vnet_lock.settings import Settings
