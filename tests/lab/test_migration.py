@@ -92,10 +92,16 @@ def running(hosts: TwoHosts, tmp_path: Path, results: Path, interfaces: str, *wi
         yield Mover(hosts, here, there)
     finally:
         for host in (hosts.first, hosts.second):
-            host.virsh("destroy", "mover", check=False)
+            # Who plugs a device in at this moment has libvirt's lock on the guest.
+            wait_until(lambda host=host: _ends(host), f"the guest has ended on {host.pf}'s host", 120)
         hosts.first.virsh("undefine", "mover", check=False)
         for log in tmp_path.glob("*.log"):
             (results / log.name).write_bytes(log.read_bytes())
+
+
+def _ends(host: Host) -> bool:
+    host.virsh("destroy", "mover", check=False)
+    return host.state("mover") in ("", "shut off")
 
 
 @pytest.fixture
