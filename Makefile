@@ -52,7 +52,7 @@ IN_LAB = $(VM) $(LIBVIRT) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="
 	--env COLUMNS="$$COLUMNS" -- sh -c \
 	'exec python -m pytest -p no:cacheprovider -v -rR --reruns 1 --durations=15 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
 lab_tests = $(patsubst %,tests/lab/test_%.py,$(1))
-LAB_LIBVIRT := $(call lab_tests,contenders hotplug late_vf life main_job rerun whole_pf)
+LAB_LIBVIRT := $(call lab_tests,contenders hotplug late_vf life main_job rerun vlan whole_pf)
 LAB_DATAPATH := $(filter-out $(LAB_LIBVIRT),$(wildcard tests/lab/test_*.py))
 
 test-lab: setup
