@@ -117,6 +117,8 @@ class Neighbour:
         # Several of its networks may be one Ethernet: each answers for its own address alone.
         self.run("cd /proc/sys/net/ipv4/conf/all; echo 1 >arp_ignore; echo 2 >arp_announce")
         nic = f"$(grep -l {case.mac(self.host)} /sys/class/net/*/address | cut -d/ -f5)"
+        # A VF's driver may have come after the guest had raised what was there.
+        self.run(f"ip link set {nic} up")
         if one.policy is Policy.ROUTE:
             self.run(
                 f"ip address add {wire.address(self.host)}/32 dev {nic};"
