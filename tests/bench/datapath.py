@@ -29,7 +29,7 @@ from pathlib import Path
 from tests.bench.chart import write_chart
 from tests.kernel.host import VNET_LOCK
 from tests.lab.machines import Console, Guests
-from tests.policies import IN_NAMESPACES, VNET_QEMU, Case, Neighbour
+from tests.policies import IN_LAB, IN_NAMESPACES, VNET_QEMU, Case, Neighbour
 from tests.wires import Outside, Wire, ip
 
 TOP = Path(__file__).resolve().parents[2]
@@ -238,8 +238,9 @@ _TEXT = """\
 Measured by `make bench-datapath`: one guest with all of the networks of a place, TCP by busybox's nc,
 {size_mb} MB each way (the best of {rounds} rounds), and the median of {trips} round trips of one byte.
 Everything runs under emulation (TCG), so the figures say nothing of real hardware: what counts is how the
-rows of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` isn't there (the
-lab's NIC has no VEPA mode), nor is `private-physdev` (its cable leads to no server).
+rows of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` can't be there
+(the lab's NIC has no VEPA mode), nor `private-physdev` (its cable leads to no server).
+Not measured in these runs: {missing}.
 
 {hosts}
 
@@ -260,7 +261,14 @@ def report(files: Sequence[Path], folder: Path) -> None:
         f" {row.round_trip_us:.0f} |"
         for row in rows
     ]
-    text = _TEXT.format(size_mb=SIZE_MB, rounds=ROUNDS, trips=ROUND_TRIPS, hosts="\n".join(hosts))
+    names = {row.name for row in rows}
+    cannot = tuple(one for one in IN_LAB if one.text.startswith(("vepa-sriov", "private-physdev")))
+    missing = ", ".join(
+        f"`{one.text}`" for one in (*IN_NAMESPACES, *IN_LAB) if one.text not in names and one not in cannot
+    )
+    text = _TEXT.format(
+        missing=missing or "none", size_mb=SIZE_MB, rounds=ROUNDS, trips=ROUND_TRIPS, hosts="\n".join(hosts)
+    )
     folder.mkdir(exist_ok=True)
     (folder / "datapath.md").write_text(text + "\n".join(table) + "\n")
     write_chart(
