@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -129,12 +128,19 @@ def is_there(mover: Mover) -> Callable[[], bool]:
     return lambda: mover.hosts.second.state("mover") == "paused"
 
 
-def say(text: str) -> None:
-    print(f"\n{text}", file=sys.__stdout__, flush=True)
+@pytest.fixture
+def say(capfd: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Tell whoever looks on."""
+
+    def tell(text: str) -> None:
+        with capfd.disabled():
+            print(f"\n{text}", flush=True)
+
+    return tell
 
 
 def test_a_guest_moves_and_gets_a_vf_there_and_no_packet_goes_astray(
-    hosts: TwoHosts, mover: Mover, tmp_path: Path
+    hosts: TwoHosts, mover: Mover, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     first, second = hosts.first, hosts.second
     second.run("ip", "address", "add", "10.7.0.3/24", "dev", second.pf)
@@ -172,7 +178,7 @@ def test_a_guest_moves_and_gets_a_vf_there_and_no_packet_goes_astray(
 
 
 def test_a_macvtap_that_were_raised_early_would_take_a_neighbours_packets(
-    hosts: TwoHosts, mover: Mover, tmp_path: Path
+    hosts: TwoHosts, mover: Mover, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     """What the test before would see if it were so."""
     del mover
@@ -190,7 +196,7 @@ def test_a_macvtap_that_were_raised_early_would_take_a_neighbours_packets(
 
 
 def test_a_migration_that_fails_or_is_cancelled_leaves_all_as_it_was(
-    hosts: TwoHosts, mover: Mover, tmp_path: Path
+    hosts: TwoHosts, mover: Mover, tmp_path: Path, say: Callable[[str], None]
 ) -> None:
     first, second = hosts.first, hosts.second
     here, there = first.looks(), second.looks()
@@ -234,7 +240,7 @@ def test_a_migration_that_fails_or_is_cancelled_leaves_all_as_it_was(
 
 
 def test_a_teaming_pair_moves_by_its_standby_and_has_a_vf_again_there(
-    hosts: TwoHosts, bridged: str, tmp_path: Path, results: Path
+    hosts: TwoHosts, bridged: str, tmp_path: Path, results: Path, say: Callable[[str], None]
 ) -> None:
     """QEMU unplugs the VF before, and plugs the one that the hook has chosen in after."""
     first, second = hosts.first, hosts.second
