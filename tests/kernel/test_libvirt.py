@@ -85,7 +85,9 @@ class Daemon:
 
     def restart(self) -> None:
         self.processes["libvirtd"].terminate()
-        self.processes["libvirtd"].wait(ENDS_IN_S)
+        status = self.processes["libvirtd"].wait(ENDS_IN_S)
+        said = (self.directory / "libvirtd.out").read_text()
+        assert status == 0 or "Make forcefull daemon shutdown" in said, said
         self.start_libvirtd()
 
     def write(self, name: str, xml: str) -> str:

@@ -406,8 +406,7 @@ class Explorer:
         if set(state.phases) == {Phase.OFF} and state.is_up:
             # Where a hook was killed, it may take a new daemon to prove that no start is going on.
             again = replace(state, daemon=state.daemon + 1) if state.hooks_killed else state
-            again = again.after_a_while
-            self.check_that_nothing_is_lost(again)
+            self.check_that_nothing_is_lost(again.after_a_while)
 
     def check_that_nothing_is_lost(self, state: State) -> None:
         """Another guest gets all VFs, and when it has gone there are no claims."""
