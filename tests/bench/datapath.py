@@ -4,8 +4,9 @@
     python -m tests.bench.datapath --lab --json FILE   what takes vhost-net or an SR-IOV NIC, in the lab VM
     python -m tests.bench.datapath --report FILE...    docs/datapath.md and its chart from such files
 
-The guest opens every connection, so that one way of measuring serves all policies. An emulated CPU is slow,
-and a machine may have other things to do: what counts is how the rows of one run compare.
+With --only WORD it is the combinations alone whose names have that word; of several files that have a row,
+the last counts. The guest opens every connection, so that one way of measuring serves all policies. An
+emulated CPU is slow, and a machine may have other things to do: what counts is how the rows of one run compare.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from tests.kernel.host import VNET_LOCK
 from tests.lab.machines import Console, Guests
 from tests.policies import IN_LAB, IN_NAMESPACES, VNET_QEMU, Case, Neighbour
 from tests.wires import Outside, Wire, ip
+from vnet_lock.combination import Combination
 
 TOP = Path(__file__).resolve().parents[2]
 HOST = 2  # the last part of the guest's addresses
@@ -137,7 +139,9 @@ def running(cases: Sequence[Case], folder: Path, accel: str) -> Iterator[Neighbo
 
 def measure_all(cases: Sequence[Case], outside: Outside, where: str, accel: str) -> list[Measured]:
     """Each of these, one after the other; what can't be measured is said and left out."""
-    found = []
+    found: list[Measured] = []
+    if not cases:
+        return found
     with tempfile.TemporaryDirectory() as folder, running(cases, Path(folder), accel) as guest:
         for case in cases:
             case.face(HOST)
@@ -148,7 +152,11 @@ def measure_all(cases: Sequence[Case], outside: Outside, where: str, accel: str)
     return found
 
 
-def in_namespaces() -> list[Measured]:
+def _named(combinations: Sequence[Combination], only: str) -> tuple[Combination, ...]:
+    return tuple(one for one in combinations if only in one.text)
+
+
+def in_namespaces(only: str) -> list[Measured]:
     """What this machine itself can do."""
     from tests.kernel.conftest import own_namespaces
 
@@ -156,28 +164,31 @@ def in_namespaces() -> list[Measured]:
         outside = Outside()
         outside.open()
         try:
-            cases = [Case(one, Wire(number)) for number, one in enumerate(IN_NAMESPACES)]
+            cases = [Case(one, Wire(number)) for number, one in enumerate(_named(IN_NAMESPACES, only))]
             return measure_all(cases, outside, "namespaces", "tcg")
         finally:
             outside.close()
 
 
-def in_lab() -> list[Measured]:
-    """What takes the lab VM, and libvirt's own interfaces beside it."""
+def in_lab(only: str) -> list[Measured]:
+    """What takes the lab VM, and libvirt's own interfaces beside all of it."""
     from tests.lab.nic import Nic
     from tests.lab.test_combinations import ON_WIRES
-    from tests.lab.test_combinations_vf import PRIVATE, VEB, far_end, vf_cases
+    from tests.lab.test_combinations_vf import GROUPS, far_end, vf_cases
 
     nic = Nic(os.environ["VNET_LAB_PF"])
     outside = Outside()
     outside.open()
     found: list[Measured] = []
     try:
-        found += measure_all([Case(one, Wire(n)) for n, one in enumerate(ON_WIRES)], outside, "lab", "kvm")
-        found += libvirts_own(outside)
+        wired = [Case(one, Wire(number)) for number, one in enumerate(_named(ON_WIRES, only))]
+        found += measure_all(wired, outside, "lab", "kvm")
+        if not only:
+            found += libvirts_own(outside)
         with far_end(nic):
-            for chosen in (VEB, PRIVATE):
-                found += measure_all([*vf_cases(nic, chosen).values()], outside, "lab", "kvm")
+            for group in GROUPS:
+                cases = vf_cases(nic, _named(group, only))
+                found += measure_all([*cases.values()], outside, "lab", "kvm")
     finally:
         outside.close()
         nic.reset()
@@ -254,7 +265,7 @@ Not measured in these runs: {missing}.
 def report(files: Sequence[Path], folder: Path) -> None:
     """A table and a chart from what runs left."""
     runs = [json.loads(path.read_text()) for path in files]
-    rows = [Measured(**row) for run in runs for row in run["rows"]]
+    rows = [*{row["name"]: Measured(**row) for run in runs for row in run["rows"]}.values()]
     hosts = [f"- *{run['where']}*: {run['machine']}, load {run['load']:.1f}, {run['date']}" for run in runs]
     table = [
         f"| {row.name} | {row.where} | {row.from_guest_mbps:.0f} | {row.to_guest_mbps:.0f} |"
@@ -284,16 +295,17 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--lab", action="store_true")
+    parser.add_argument("--only", default="", metavar="WORD")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE")
     options = parser.parse_args()
     if options.report:
         report(options.report, TOP / "docs")
         return 0
-    rows = in_lab() if options.lab else in_namespaces()
+    rows = (in_lab if options.lab else in_namespaces)(options.only)
     if options.json:
         told = {
-            "where": "lab" if options.lab else "namespaces",
+            "where": " ".join(("lab" if options.lab else "namespaces", options.only)).strip(),
             "machine": machine(),
             "load": os.getloadavg()[0],
             "date": time.strftime("%Y-%m-%d"),
