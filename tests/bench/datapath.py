@@ -5,8 +5,10 @@
     python -m tests.bench.datapath --report FILE...    docs/datapath.md and its chart from such files
 
 With --only WORD it is the combinations alone whose names have that word; of several files that have a row,
-the last counts. The guest opens every connection, so that one way of measuring serves all policies. An
-emulated CPU is slow, and a machine may have other things to do: what counts is how the rows of one run compare.
+the last counts.
+
+The guest opens every connection, so that one way of measuring serves all policies. An emulated CPU is slow,
+and a machine may have other things to do: what counts is how the rows of one run compare.
 """
 
 from __future__ import annotations

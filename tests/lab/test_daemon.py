@@ -143,6 +143,8 @@ def test_split_daemons_protect_what_guests_and_networks_have(
             )
             fixed = guests.libvirt("fixed", hostdev_xml(vfs[1], "52:54:00:00:0a:01"))
             assert [owner_of(vf) for vf in vfs] == ["pooled", "fixed"]
+            for one in (pooled, fixed):
+                one.console.ready()
             pids = pooled.pid, fixed.pid
             assert 'guest "pooled"' in try_to_take(guests, vfs[0])
             for daemon in (network, qemu):

@@ -54,8 +54,8 @@ def test_libvirtd_restarts_and_no_guest_notices(
         "late", late_xml("late-tap", "52:54:00:00:01:02"), metadata=intent_xml(lab.vfs[1].pci),
         ip="10.7.0.3/24", ping=HOST,
     )  # fmt: skip
-    pids = taken.pid, late.pid
     assert [made.console.ready()["ping"] for made in (taken, late)] == ["3/3", "3/3"]
+    pids = taken.pid, late.pid
     LIBVIRTD.end(sign)
     following.begin()
     assert (taken.pid, late.pid) == pids
