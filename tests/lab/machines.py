@@ -53,6 +53,12 @@ class Console:
         """All that was said so far."""
         return self.log.read_text(errors="replace").replace("\r", "") if self.log.exists() else ""
 
+    @property
+    def _program_said(self) -> str:
+        if not self.output or not self.output.exists():
+            return ""
+        return "\nand its program:\n" + self.output.read_text(errors="replace")[-2000:]
+
     def wait_for(self, words: str, deadline_s: float = READY_S) -> dict[str, str]:
         """The ``key=value`` words of the first line with these words.
 
@@ -66,12 +72,10 @@ class Console:
                     return dict(word.partition("=")[::2] for word in line.split() if "=" in word)
             if not alive and not self.text.strip() and self.again:
                 again, self.again = self.again, None
-                print(f"{self.log.stem} ended without a word: once more")
+                print(f"{self.log.stem} ended without a word: once more{self._program_said}")
                 again()
                 continue
-            heard = "; it said last:\n" + "\n".join(self.text.splitlines()[-20:])
-            if self.output and self.output.exists():
-                heard += "\nand its program:\n" + self.output.read_text(errors="replace")[-2000:]
+            heard = "; it said last:\n" + "\n".join(self.text.splitlines()[-20:]) + self._program_said
             assert alive, f"{self.log.stem} ended before it said {words!r}{heard}"
             assert time.monotonic() < end, f"{self.log.stem} didn't say {words!r} in {deadline_s} s{heard}"
             time.sleep(0.2)
@@ -169,7 +173,7 @@ class Guests:
         **words: str | int,
     ) -> LibvirtGuest:
         """Define a guest with these interfaces and start it; ``words`` go to kernel_words."""
-        console = Console(self.directory / f"{name}.log")
+        console = Console(self.directory / f"{name}.log", output=Path(f"/var/log/libvirt/qemu/{name}.log"))
         made = LibvirtGuest(name, str(uuid.uuid4()), console)
         console.is_alive = lambda: made.state == "running"
         xml = guest.domain_xml(

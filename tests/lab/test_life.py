@@ -37,12 +37,15 @@ def looks(nic: Nic, index: int) -> dict[str, object]:
 
 
 # How the daemon ends, and which one comes after it.
-RESTARTS = {"term": (signal.SIGTERM, LIBVIRTD), "kill": (signal.SIGKILL, LIBVIRTD)}
+RESTARTS = [
+    pytest.param(signal.SIGTERM, LIBVIRTD, id="term"),
+    pytest.param(signal.SIGKILL, LIBVIRTD, id="kill", marks=pytest.mark.long),
+]
 if upgraded := newer():
-    RESTARTS["upgrade"] = (signal.SIGTERM, upgraded)
+    RESTARTS.append(pytest.param(signal.SIGTERM, upgraded, id="upgrade"))
 
 
-@pytest.mark.parametrize(("sign", "following"), RESTARTS.values(), ids=RESTARTS)
+@pytest.mark.parametrize(("sign", "following"), RESTARTS)
 def test_libvirtd_restarts_and_no_guest_notices(
     lab: Nic, guests: Guests, sign: signal.Signals, following: Daemon
 ) -> None:

@@ -31,7 +31,7 @@ def run_line(guests: Guests, script: str, name: str, folder: Path, console: Path
     return guests.program(name, ["sh", str(path)], console)
 
 
-@pytest.mark.parametrize("kind", ["hostdev", "direct"])
+@pytest.mark.parametrize("kind", ["hostdev", pytest.param("direct", marks=pytest.mark.long)])
 def test_a_libvirt_guests_line_is_run_by_hand_and_the_guest_pings(
     lab: Nic, guests: Guests, tmp_path: Path, hook: None, kind: str
 ) -> None:
