@@ -162,6 +162,9 @@ class _Auditor:
         """Whether somebody will still give this claim back; what session.heal takes away doesn't live."""
         return claim.token not in self.stale
 
+    def _living(self) -> Iterator[tuple[Resource, Claim]]:
+        return ((one, claim) for one, claims in self.claims.items() for claim in claims if self.lives(claim))
+
     def _resources(self) -> Iterator[Resource]:
         functions = set()
         for pf in self.inventory.pfs:
@@ -234,12 +237,10 @@ class _Auditor:
     def _find_conflicts(self) -> set[Resource]:
         """Resources whose living claims exclude each other; that is reported once for each pair."""
         near: dict[str, list[Claim]] = defaultdict(list)
-        for claims in self.claims.values():
-            for claim in claims:
-                if self.lives(claim):
-                    near[claim.resource.name].append(claim)
-                    if claim.mode is Mode.EXCLUSIVE and claim.pf and claim.pf.text != claim.resource.name:
-                        near[claim.pf.text].append(claim)
+        for resource, claim in self._living():
+            near[resource.name].append(claim)
+            if claim.mode is Mode.EXCLUSIVE and claim.pf and claim.pf.text != resource.name:
+                near[claim.pf.text].append(claim)
         disputed: set[Resource] = set()
         for place, claims in near.items():
             for claim, other in _excluding_pairs(place, claims):
@@ -254,18 +255,17 @@ class _Auditor:
 
     def _find_same_macs(self) -> None:
         first: dict[tuple[str, str], Claim] = {}
-        for claims in self.claims.values():
-            for claim in claims:
-                if claim.mac is None or not self.lives(claim):
-                    continue
-                place = claim.pf.text if claim.pf else claim.resource.name
-                other = first.setdefault((place, claim.mac), claim)
-                if not other.owner.is_same_guest(claim.owner):
-                    message = (
-                        f"MAC {claim.mac} on {name_of(claim.resource)} is {claim.owner.text}'s and, on "
-                        f"{name_of(other.resource)}, {other.owner.text}'s; give one of them another"
-                    )
-                    self._warn("same-mac", claim.resource, message)
+        for resource, claim in self._living():
+            if claim.mac is None:
+                continue
+            place = claim.pf.text if claim.pf else resource.name
+            other = first.setdefault((place, claim.mac), claim)
+            if not other.owner.is_same_guest(claim.owner):
+                message = (
+                    f"MAC {claim.mac} on {name_of(resource)} is {claim.owner.text}'s and, on "
+                    f"{name_of(other.resource)}, {other.owner.text}'s; give one of them another"
+                )
+                self._warn("same-mac", resource, message)
 
     # --- claims against the host ----------------------------------------------------------------
 
@@ -285,60 +285,54 @@ class _Auditor:
 
     def _find_unplugged(self) -> None:
         """Guests that run without a device which was to be plugged in."""
-        for resource, claims in self.claims.items():
-            for claim in claims:
-                entry = next((one for one in claim.journal if isinstance(one, Companion)), None)
-                pid = self.kinship.guest_pid(claim.owner)
-                if entry is None or pid is None or not self.lives(claim):
-                    continue
-                process = Process(entry.pid, entry.start_ticks)
-                if not entry.failure and is_alive(self.settings, process):
-                    continue
-                if entry.link is not None:
-                    why = entry.failure or f"the process that was to raise it (pid {entry.pid}) is gone"
-                    message = (
-                        f"{claim.owner.text} (pid {pid}) came from another host, and its link {entry.link} "
-                        f"is not up here: {why}; stop and start the guest"
-                    )
-                    self._error("unraised", resource, message)
-                    continue
-                if any(user.pid == pid for user in self.inventory.users_of(resource)):
-                    continue
-                why = entry.failure or f"the process that was to plug it in (pid {entry.pid}) is gone"
+        for resource, claim in self._living():
+            entry = next((one for one in claim.journal if isinstance(one, Companion)), None)
+            pid = self.kinship.guest_pid(claim.owner)
+            if entry is None or pid is None or (not entry.failure and self._runs(entry)):
+                continue
+            if entry.link is not None:
+                why = entry.failure or f"the process that was to raise it (pid {entry.pid}) is gone"
                 message = (
-                    f"{claim.owner.text} (pid {pid}) has not got {name_of(resource)} for its interface "
-                    f"{claim.interface}: {why}; stop and start the guest, "
-                    f"or give the device back: vnet-lock release {resource} --force"
+                    f"{claim.owner.text} (pid {pid}) came from another host, and its link {entry.link} "
+                    f"is not up here: {why}; stop and start the guest"
                 )
-                self._error("unplugged", resource, message)
+                self._error("unraised", resource, message)
+                continue
+            if any(user.pid == pid for user in self.inventory.users_of(resource)):
+                continue
+            why = entry.failure or f"the process that was to plug it in (pid {entry.pid}) is gone"
+            message = (
+                f"{claim.owner.text} (pid {pid}) has not got {name_of(resource)} for its interface "
+                f"{claim.interface}: {why}; stop and start the guest, "
+                f"or give the device back: vnet-lock release {resource} --force"
+            )
+            self._error("unplugged", resource, message)
 
     def _find_cut_off(self) -> None:
         """Guests whose packets nobody carries any more."""
-        for resource, claims in self.claims.items():
-            for claim in claims:
-                entry = next((one for one in claim.journal if isinstance(one, Datapath)), None)
-                if entry is None or not self.lives(claim):
-                    continue
-                if is_alive(self.settings, Process(entry.pid, entry.start_ticks)):
-                    continue
-                message = (
-                    f"{claim.owner.text} has no network at its interface {claim.interface}: the process that "
-                    f"carried its packets (pid {entry.pid}) is gone; stop and start the guest"
-                )
-                self._error("cut-off", resource, message)
+        for resource, claim in self._living():
+            entry = next((one for one in claim.journal if isinstance(one, Datapath)), None)
+            if entry is None or self._runs(entry):
+                continue
+            message = (
+                f"{claim.owner.text} has no network at its interface {claim.interface}: the process that "
+                f"carried its packets (pid {entry.pid}) is gone; stop and start the guest"
+            )
+            self._error("cut-off", resource, message)
+
+    def _runs(self, entry: Companion | Datapath) -> bool:
+        return is_alive(self.settings, Process(entry.pid, entry.start_ticks))
 
     def _find_vanished(self) -> None:
-        for resource, claims in self.claims.items():
+        for resource, claim in self._living():
             if resource in self.known or resource.kind is ResourceKind.IP:
                 continue
-            for claim in claims:
-                if self.lives(claim):
-                    holder = holder_text(claim, self.kinship.guest_pid)
-                    message = (
-                        f"{name_of(resource)} is held by {holder}, but isn't there any more; "
-                        f"stop the guest, then: vnet-lock release {resource} --force"
-                    )
-                    self._error("vanished", resource, message)
+            holder = holder_text(claim, self.kinship.guest_pid)
+            message = (
+                f"{name_of(resource)} is held by {holder}, but isn't there any more; "
+                f"stop the guest, then: vnet-lock release {resource} --force"
+            )
+            self._error("vanished", resource, message)
 
     def _find_damaged(self) -> None:
         for record in self.damaged:

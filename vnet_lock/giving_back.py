@@ -6,8 +6,8 @@ Whoever is at it marks the claims as his first; who finds the mark of a dead pro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.dataclass import replace
@@ -16,8 +16,8 @@ from vnet_lock.journal import Keeper, MadeLink, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.locks import guard
-from vnet_lock.model import Claim, Mode, PciAddress, Process, State, UseKind
+from vnet_lock.locks import host_lock, pf_lock
+from vnet_lock.model import Claim, Mode, Process, State, UseKind
 from vnet_lock.planning import name_of
 from vnet_lock.settings import Settings
 from vnet_lock.undo import end_keeper, undo
@@ -95,22 +95,6 @@ class GivingBack:
                 return list(dict.fromkeys(held))
             time.sleep(_RETRY_S)
 
-    @contextmanager
-    def pf_lock(self, pf: PciAddress | None) -> Iterator[None]:
-        """Hold the lock under which a PF, and its VFs through it, are written; none without a PF."""
-        if pf is None:
-            yield
-            return
-        path = self._settings.pf_lock_path(pf.text)
-        with guard(path, self._settings.pf_wait_s, f"PF {pf}"):
-            yield
-
-    @contextmanager
-    def host_lock(self) -> Iterator[None]:
-        """Hold the lock under which what guests share on this host is changed."""
-        with guard(self._settings.host_lock_path, self._settings.host_wait_s, "this host's shared settings"):
-            yield
-
     def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until the devices are free and undo what the journals say; return what could not be done."""
         try:
@@ -122,10 +106,10 @@ class GivingBack:
                 return failures
             with ExitStack() as stack:
                 for pf in sorted({claim.pf for claim in claims if claim.pf}):
-                    stack.enter_context(self.pf_lock(pf))
+                    stack.enter_context(pf_lock(self._settings, pf))
                 shared: set[str] = set()
                 if any(share_key(entry) for claim in claims for entry in claim.journal):
-                    stack.enter_context(self.host_lock())
+                    stack.enter_context(host_lock(self._settings))
                     shared = self._needed_by_others(claims[0].token)
                 return [failure for claim in claims for failure in undo(self._settings, claim, shared)]
         except VnetLockError as error:

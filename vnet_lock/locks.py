@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from errno import EACCES, EDQUOT, EEXIST, ELOOP, ENOSPC, ENOTDIR, EPERM, EROFS
 
 from vnet_lock.errors import VnetLockError
-from vnet_lock.settings import DEFAULT
+from vnet_lock.model import PciAddress
+from vnet_lock.settings import DEFAULT, Settings
 
 # filelock's own 50 ms would be the p99 of a wait; a hold is well under one millisecond.
 _POLL_S = 0.002
@@ -62,6 +63,23 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def pf_lock(settings: Settings, pf: PciAddress | None) -> Iterator[None]:
+    """Hold the lock under which a PF, and its VFs through it, are written; none without a PF."""
+    if pf is None:
+        yield
+        return
+    with guard(settings.pf_lock_path(pf.text), settings.pf_wait_s, f"PF {pf}", settings.proc):
+        yield
+
+
+@contextmanager
+def host_lock(settings: Settings) -> Iterator[None]:
+    """Hold the lock under which what guests share on this host is changed."""
+    with guard(settings.host_lock_path, settings.host_wait_s, "this host's shared settings", settings.proc):
+        yield
 
 
 def os_failure(verb: str, path: str, error: OSError) -> VnetLockError:

@@ -6,24 +6,23 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
 
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
-from vnet_lock.claims import ClaimTable, Writer, new_token
-from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, backends_of, ports_of
+from vnet_lock.claims import ClaimTable, Writer
+from vnet_lock.combination import Backend, Policy
 from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
-from vnet_lock.journal import Datapath, Entry, EswitchMode, Keeper, LibvirtMacvtap, SocketFile, share_key
-from vnet_lock.kernel import processes, programs
-from vnet_lock.kernel.kinship import Kinship
+from vnet_lock.holding import Holding
+from vnet_lock.journal import Datapath, Entry, EswitchMode, Keeper, LibvirtMacvtap
+from vnet_lock.kernel import processes
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
+from vnet_lock.locks import pf_lock
 from vnet_lock.model import (
     Assignment,
     Claim,
@@ -48,13 +47,11 @@ from vnet_lock.model import (
     Wanted,
 )
 from vnet_lock.neighbours import needs_vlans
-from vnet_lock.planning import Situation, error_of, function_wanted, name_of, nic_wanted, plan
-from vnet_lock.ports import Job, Opened, Share
+from vnet_lock.outlook import Outlook
+from vnet_lock.planning import error_of, function_wanted, name_of, nic_wanted, plan
+from vnet_lock.ports import Job, Opened
 from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
-
-if TYPE_CHECKING:
-    from vnet_lock.config import Config
 
 T = TypeVar("T")
 
@@ -102,15 +99,11 @@ class Session:
     """
 
     def __init__(self, settings: Settings = DEFAULT) -> None:
-        self._config: Config | None = None
-        self._config_error: VnetLockError | None = None
-        try:
-            self._config = _read_config(settings)
-        except VnetLockError as error:
-            self._config_error = error
-        self.settings = settings = self._config.tune(settings) if self._config else settings
+        self._outlook = Outlook(settings)
+        self.settings = settings = self._outlook.settings
         self.table = ClaimTable(settings)
         self._me = processes.this_process(settings)
+        self._holding = Holding(settings, self.table, self._me)
         self._back = GivingBack(settings, self.table, self._me)
 
     # --- asking -------------------------------------------------------------------------------
@@ -119,12 +112,12 @@ class Session:
         self, requests: Iterable[Request], owner: Owner | None = None, beside: bool = False
     ) -> Plan | Refusal:
         """What would be done now, in the place of what the owner has or ``beside`` it; changes nothing."""
-        requests = self._resolve(requests)
+        requests = self._outlook.resolve(requests)
         claims = self.table.read()
         stale = frozenset(Liveness(self.settings).stale(claims))
-        inventory = self._observe(requests, _needs_vlans(requests, claims))
-        situation = self._situation(inventory, owner, requests)
-        left = self._left_to_host(inventory)
+        inventory = self._outlook.observe(requests, _needs_vlans(requests, claims))
+        situation = self._outlook.situation(inventory, owner, requests)
+        left = self._outlook.left_to_host(inventory)
         return plan(
             requests, replace(situation, claims=claims, stale=stale, left_to_host=left, beside=beside)
         )
@@ -135,7 +128,10 @@ class Session:
         inventory = read_inventory(self.settings, [pci.text for pci in pcis])
         stale = frozenset(Liveness(self.settings).stale(claims))
         situation = replace(
-            self._situation(inventory), claims=claims, stale=stale, left_to_host=self._left_to_host(inventory)
+            self._outlook.situation(inventory),
+            claims=claims,
+            stale=stale,
+            left_to_host=self._outlook.left_to_host(inventory),
         )
         return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
 
@@ -148,7 +144,7 @@ class Session:
         take it. With ``beside`` it stays, and what is new comes to it: reserved by this process until
         ``activate``. Raises Refused, Unsupported, BadInput, or VnetLockError where the kernel refuses.
         """
-        requests = self._resolve(requests)
+        requests = self._outlook.resolve(requests)
         if not requests:
             return ()
         is_awaited = not beside and self._is_awaited(owner)
@@ -170,11 +166,11 @@ class Session:
                 if not token:
                     continue
                 if opened:
-                    self._note_mac(token, opened.mac)
+                    self._holding.note_mac(token, opened.mac)
                 if not beside:
-                    self._activate(token, journal)
+                    self._holding.activate(token, journal)
                 elif journal:
-                    self._journal_of(token)(journal)
+                    self._holding.journal_of(token)(journal)
         except BaseException:
             # Also where a deadline or ^C cut it short: nothing may stay half-done.
             for grant in grants:
@@ -197,7 +193,7 @@ class Session:
         reservation = Reservation(operation, until_s)
 
         def write(writer: Writer, claims: Claims, found: Plan) -> tuple[Assignment, ...]:
-            made = [self._claims_for(owner, one, State.RESERVED) for one in found.assignments]
+            made = [self._holding.claims_for(owner, one, State.RESERVED) for one in found.assignments]
             writer.add(replace(one, worker=None, reservation=reservation) for each in made for one in each)
             for claim in claims.of(owner):
                 if claim.reservation:
@@ -210,7 +206,7 @@ class Session:
         """What was acquired ``beside`` is the owner's from now on, and lives as long as he does."""
         for grant in grants:
             if grant.token:
-                self._activate(grant.token, ())
+                self._holding.activate(grant.token)
 
     def connect(self, grant: Grant) -> Connection:
         """Open what a QEMU of ours is handed for a grant, once; the caller owns the descriptors."""
@@ -222,14 +218,14 @@ class Session:
             raise Unsupported(f"{intent.interface}: {combination.text} is not built in this version")
         try:
             if combination.backend is Backend.SOCKET_VHOST:
-                grant.opened.path = self._name_socket(grant.token, intent.socket)
+                grant.opened.path = self._holding.name_socket(grant.token, intent.socket)
             connection = backend.connect(self.settings, intent, grant.opened, combination)
         finally:
             grant.close()
         assert isinstance(connection, Connection)  # noqa: S101 - a module's function has no static type
         try:
             if process := connection.datapath:
-                self._journal_of(grant.token)((Datapath(process.pid, process.start_ticks),))
+                self._holding.journal_of(grant.token)((Datapath(process.pid, process.start_ticks),))
         except BaseException:
             connection.close()
             raise
@@ -247,7 +243,7 @@ class Session:
                 continue
 
             def journal(process: Process, token: str = grant.token) -> bool:
-                self._journal_of(token)((Keeper(process.pid, process.start_ticks),))
+                self._holding.journal_of(token)((Keeper(process.pid, process.start_ticks),))
                 return True
 
             connection = self.connect(grant)
@@ -268,14 +264,14 @@ class Session:
             return []
 
         def write(writer: Writer, claims: Claims, found: Plan) -> list[Claim]:
-            self._take_over(writer, claims, found, owner)
+            self._holding.take_over(writer, claims, found, owner)
             held = claims.of(owner)
             added: list[Claim] = []
             for assignment in found.assignments:
                 # Shares are counted: each interface gives its own back.
                 own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
                 missing = _missing(assignment.wanted, own)
-                made = self._claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
+                made = self._holding.claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
                 journal = _left_by_libvirt(assignment)
                 added += [replace(claim, journal=journal) for claim in made[:1]] + made[1:]
             writer.add(added)
@@ -290,7 +286,7 @@ class Session:
         inventory = read_inventory(self.settings, [resource.name], vlans=True)
         wanted = _wanted_for(inventory, resource, mode)
         request = Fixed(interface, resource.pci or resource.name, Form.HOSTDEV)
-        situation = self._situation(inventory, owner)
+        situation = self._outlook.situation(inventory, owner)
         with self.table.guarded() as writer:
             claims = writer.read()
             obstacle = replace(situation, claims=claims).obstacle(wanted)
@@ -298,7 +294,7 @@ class Session:
                 raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
             held = claims.of(owner)
             missing = _missing(wanted, held)
-            added = self._claims_for(owner, Assignment(request, None, missing), State.ACTIVE)
+            added = self._holding.claims_for(owner, Assignment(request, None, missing), State.ACTIVE)
             writer.add(added)
         return next(
             claim
@@ -352,7 +348,7 @@ class Session:
         nic = inventory.nic_named(resource.name)
         if nic is not None and not claims.on(resource):
             resource = inventory.resource_of(nic)  # as claim() does
-        situation = replace(self._situation(inventory), claims=claims)
+        situation = replace(self._outlook.situation(inventory), claims=claims)
         for record in claims.damaged:
             if record.resource == resource:
                 obstacle = situation.obstacle(_wanted_for(inventory, resource, Mode.EXCLUSIVE))
@@ -405,17 +401,17 @@ class Session:
             OwnerKind.PROCESS, "vnet-lock vfs", processes.read_boot_id(self.settings), process=self._me
         )
         wanted = [Wanted(vf.resource, Mode.EXCLUSIVE, pf) for vf in found.vfs]
-        situation = self._situation(inventory, owner)
+        situation = self._outlook.situation(inventory, owner)
         with self.table.guarded() as writer:
             situation = replace(situation, claims=writer.read())
             obstacle = situation.obstacle(wanted or [Wanted(found.resource, Mode.SHARED)])
             if obstacle:
                 raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
             request = Fixed("vfs", pf, Form.HOSTDEV)
-            added = self._claims_for(owner, Assignment(request, None, tuple(wanted)), State.ACTIVE)
+            added = self._holding.claims_for(owner, Assignment(request, None, tuple(wanted)), State.ACTIVE)
             writer.add(added)
         try:
-            with self._back.pf_lock(pf):
+            with pf_lock(self.settings, pf):
                 # Where there were no VFs, no claim kept another from making some, and from giving them away.
                 if pci.read_numvfs(self.settings, pf) != len(found.vfs):
                     raise Refused(f"the VFs of PF {pf} are being changed by another; see: vnet-lock status")
@@ -426,58 +422,6 @@ class Session:
                     writer.drop(claim)
 
     # --- the steps ----------------------------------------------------------------------------
-
-    def _resolve(self, requests: Iterable[Request]) -> tuple[Request, ...]:
-        """With the devices that the configuration has for them; BadInput where that can't be told."""
-        config = self._require_config()
-        return tuple(map(config.resolve, requests)) if config else tuple(requests)
-
-    def _left_to_host(self, inventory: Inventory) -> frozenset[Resource]:
-        """VFs that no guest is to have."""
-        config = self._require_config()
-        return config.left_to_host(inventory) if config else frozenset()
-
-    def _require_config(self) -> Config | None:
-        """The configuration, None where there is none; raises what is wrong with it."""
-        if self._config_error:
-            raise self._config_error
-        return self._config
-
-    def _observe(self, requests: tuple[Request, ...], vlans: bool) -> Inventory:
-        devices: list[str] = []
-        for request in requests:
-            if isinstance(request, Fixed):
-                devices.append(str(request.device))
-            else:
-                devices += [*request.devs, *request.addresses]
-        return read_inventory(self.settings, devices, vlans=vlans)
-
-    def _situation(
-        self, inventory: Inventory, owner: Owner | None = None, requests: tuple[Request, ...] = ()
-    ) -> Situation:
-        """All that a decision stands on, but for the claims: those are read under the guard."""
-        kinship = Kinship(self.settings)
-        lacking: dict[Port | Backend, str] = {}
-        sources = {}
-        found: set[str] = set()
-        if any(isinstance(request, Intent) for request in requests):
-            # Only those that are asked for: passt is tried to see whether it can.
-            for backend in _backends_for(requests):
-                module = backends.find(backend)
-                lacking[backend] = module.missing(self.settings) if module else "not built in this version"
-            found = {name for name in ("nft", "dnsmasq") if programs.find(name)}
-            sources = {port: module.candidates for port in Port if (module := ports.find(port))}
-        return Situation(
-            inventory,
-            Claims(),
-            owner,
-            kinship.guest_pid,
-            kinship.is_own,
-            lacking={what: why for what, why in lacking.items() if why},
-            sources=sources,
-            programs=frozenset(found),
-            no_vlans=self._lacks_vlans(requests),
-        )
 
     def _unclaimed(
         self, requests: tuple[Request, ...], owner: Owner
@@ -490,13 +434,6 @@ class Session:
             return None
         return Inventory(), [(assignment, "") for assignment in found.assignments]
 
-    def _lacks_vlans(self, requests: tuple[Request, ...]) -> str:
-        if not any(request.vlan for request in requests if isinstance(request, Intent)):
-            return ""
-        from vnet_lock.kernel.modules import lacks_vlans  # 2 ms, and a megabyte to read
-
-        return lacks_vlans(self.settings)
-
     def _reserve(
         self, owner: Owner, requests: tuple[Request, ...], beside: bool
     ) -> tuple[Inventory, list[tuple[Assignment, str]]]:
@@ -506,7 +443,7 @@ class Session:
         """
 
         def write(writer: Writer, claims: Claims, found: Plan) -> list[tuple[Assignment, str]]:
-            made = [self._claims_for(owner, one, State.RESERVED) for one in found.assignments]
+            made = [self._holding.claims_for(owner, one, State.RESERVED) for one in found.assignments]
             writer.add(claim for each in made for claim in each)
             for claim in () if beside else claims.of(owner):
                 writer.drop(claim)
@@ -536,11 +473,11 @@ class Session:
             seen = self.table.read()
             known = {claim.token for claim in seen.records}
             vlans = _needs_vlans(requests, seen)
-            inventory = self._observe(requests, vlans)
-            situation = self._situation(inventory, owner, requests)
+            inventory = self._outlook.observe(requests, vlans)
+            situation = self._outlook.situation(inventory, owner, requests)
             situation = replace(situation, beside=beside, ignored=ignored)
             if not running:
-                situation = replace(situation, left_to_host=self._left_to_host(inventory))
+                situation = replace(situation, left_to_host=self._outlook.left_to_host(inventory))
             with self.table.guarded() as writer:
                 claims = writer.read()
                 result = plan(requests, replace(situation, claims=claims))
@@ -567,26 +504,6 @@ class Session:
                 raise error_of(result)
             time.sleep(_RETRY_S)
 
-    def _claims_for(self, owner: Owner, assignment: Assignment, state: State) -> list[Claim]:
-        token = new_token()
-        return [
-            Claim(
-                resource=item.resource,
-                mode=item.mode,
-                state=state,
-                owner=owner,
-                token=token,
-                interface=assignment.request.interface,
-                since=time.time(),
-                combination=assignment.combination.text if assignment.combination else None,
-                mac=assignment.request.mac,
-                vlan=assignment.request.vlan,
-                pf=item.pf,
-                worker=self._me if state is State.RESERVED else None,
-            )
-            for item in assignment.wanted
-        ]
-
     def _open(
         self, assignment: Assignment, token: str, inventory: Inventory, is_awaited: bool
     ) -> tuple[Opened | None, tuple[Entry, ...]]:
@@ -608,11 +525,11 @@ class Session:
             raise Unsupported(f"{request.interface}: no port of this version opens {assignment.combination}")
         job = Job(
             self.settings, inventory, assignment, request, token,
-            journal=self._journal_of(token), sharing=lambda: self._sharing(token),
+            journal=self._holding.journal_of(token), sharing=lambda: self._holding.sharing(token),
             left=[] if is_awaited else None,
         )  # fmt: skip
         pf = assignment.wanted[0].pf if assignment.wanted else None
-        with self._back.pf_lock(pf):
+        with pf_lock(self.settings, pf):
             opened = port.open_port(job)
         assert isinstance(opened, Opened)  # noqa: S101 - a module's function has no static type
         if job.left:
@@ -620,7 +537,7 @@ class Session:
         return opened, ()
 
     def _finish(self, job: Job, pf: PciAddress | None) -> None:
-        with self._back.pf_lock(pf):
+        with pf_lock(self.settings, pf):
             for step in job.left or ():
                 step()
 
@@ -628,87 +545,13 @@ class Session:
         """Let the embedded switch stay in its mode, where another guest had it set, as long as this one."""
         pf = inventory.pf_at(assignment.wanted[0].pf) if assignment.wanted[0].pf else None
         if pf and pf.eswitch:
-            with self._sharing(token) as share:
+            with self._holding.sharing(token) as share:
                 share(EswitchMode(pf.pci.text, pf.eswitch, pf.eswitch))
-
-    @contextmanager
-    def _sharing(self, token: str) -> Iterator[Share]:
-        """Hold the host's lock, and journal what other claims may have in their journals, too."""
-
-        def share(entry: Entry, like: Callable[[Entry], bool] | None = None) -> Entry:
-            key = share_key(entry)
-            with self.table.guarded() as writer:
-                claims = writer.read()
-                entries = (one for claim in claims.records for one in claim.journal)
-                known = [one for one in entries if (like(one) if like else share_key(one) == key)]
-                entry = known[0] if known else entry
-                first = _first(claims, token)
-                if entry not in first.journal:
-                    writer.replace(replace(first, journal=(*first.journal, entry)))
-            return entry
-
-        with self._back.host_lock():
-            yield share
-
-    def _journal_of(self, token: str) -> Callable[[tuple[Entry, ...]], None]:
-        def journal(entries: tuple[Entry, ...]) -> None:
-            with self.table.guarded() as writer:
-                first = _first(writer.read(), token)
-                writer.replace(replace(first, journal=first.journal + entries))
-
-        return journal
-
-    def _name_socket(self, token: str, wanted: str | None) -> str:
-        """The path at which a guest's QEMU finds its network, in our journal before anything is there."""
-        path = wanted or self.settings.socket_path(token)
-        if not re.fullmatch(re.escape(self.settings.run) + r"/[\w.-]+\.sock", path):
-            raise BadInput(f"{path} is no place for a socket of ours; use {self.settings.run}/NAME.sock")
-        entry = SocketFile(path)
-        with self.table.guarded() as writer:
-            claims = writer.read()
-            for claim in claims.records:
-                if claim.token != token and entry in claim.journal:
-                    raise Refused(f"{path} is the socket of {claim.owner.text}; choose another name")
-            first = _first(claims, token)
-            writer.replace(replace(first, journal=(*first.journal, entry)))
-        return path
-
-    def _note_mac(self, token: str, mac: str | None) -> None:
-        with self.table.guarded() as writer:
-            for claim in writer.read().with_token(token):
-                if claim.mac != mac:
-                    writer.replace(replace(claim, mac=mac))
-
-    def _activate(self, token: str, journal: tuple[Entry, ...]) -> None:
-        with self.table.guarded() as writer:
-            claims = writer.read()
-            first = _first(claims, token)
-            for claim in claims.with_token(token):
-                entries = claim.journal + (journal if claim == first else ())
-                writer.replace(replace(claim, state=State.ACTIVE, worker=None, journal=entries))
 
     def _is_awaited(self, owner: Owner) -> bool:
         """Whether the guest runs elsewhere until it runs here."""
         reservations = (claim.reservation for claim in self.table.read().of(owner))
         return any(one is not None and one.operation == "migrate" for one in reservations)
-
-    def _take_over(self, writer: Writer, claims: Claims, found: Plan, owner: Owner) -> None:
-        """Let the owner's claims on what it needs live by this owner, whatever an earlier one left of them.
-
-        A killed `release`, or a daemon that is dead, left them to be healed. Their journals stay: what they
-        say is still what the device was like before.
-        """
-        wanted = {item.resource for assignment in found.assignments for item in assignment.wanted}
-        for token in dict.fromkeys(claim.token for claim in claims.of(owner) if claim.resource in wanted):
-            for claim in claims.with_token(token):
-                if claim.worker and processes.is_alive(self.settings, claim.worker):
-                    if claim.state is State.RESERVED:
-                        continue  # who plugs it in makes it the owner's
-                    raise Refused(f"{name_of(claim.resource)} is being worked on by pid {claim.worker.pid}")
-                if claim.owner != owner or claim.state is not State.ACTIVE:
-                    writer.replace(
-                        replace(claim, owner=owner, state=State.ACTIVE, worker=None, reservation=None)
-                    )
 
     def _undo_earlier(self, owner: Owner) -> tuple[str, ...]:
         """Undo what the same guest left from an earlier start, but hold on to it; its tokens."""
@@ -717,26 +560,6 @@ class Session:
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
         return tuple(tokens)
-
-
-def _read_config(settings: Settings) -> Config | None:
-    if not os.path.lexists(settings.config_path):
-        return None
-    from vnet_lock.config import read_config  # 10 ms, for who has a file
-
-    return read_config(settings)
-
-
-def _backends_for(requests: Iterable[Request]) -> set[Backend]:
-    """Those that an intent may get."""
-    return {
-        backend
-        for one in requests
-        if isinstance(one, Intent)
-        for port in one.ports or ports_of(one.policy)
-        for backend in backends_of(one.policy, port)
-        if backend in (one.backends or DEFAULT_BACKENDS)
-    }
 
 
 def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
@@ -761,14 +584,6 @@ def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, .
     """What of it no claim covers: an exclusive one covers a share, too."""
     covered = {(claim.resource, mode) for claim in held for mode in (claim.mode, Mode.SHARED)}
     return tuple(item for item in wanted if (item.resource, item.mode) not in covered)
-
-
-def _first(claims: Claims, token: str) -> Claim:
-    """The claim of an interface that has the journal."""
-    found = claims.with_token(token)
-    if not found:
-        raise VnetLockError("the claim that is being worked on is gone; was it released by hand?")
-    return min(found, key=lambda claim: claim.resource)
 
 
 def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[Wanted, ...]:

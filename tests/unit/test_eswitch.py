@@ -162,8 +162,8 @@ def take(host: FakeHost, session: Session, index: int, pid: int, policy: Policy 
         grant.assignment,
         Intent("net0", policy, ("lo",)),
         grant.token,
-        journal=session._journal_of(grant.token),
-        sharing=lambda: session._sharing(grant.token),
+        journal=session._holding.journal_of(grant.token),
+        sharing=lambda: session._holding.sharing(grant.token),
     )
     pf = job.inventory.pf_at(PF)
     assert pf is not None

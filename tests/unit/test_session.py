@@ -896,7 +896,7 @@ def read_setting(host: FakeHost) -> str:
 def forward(host: FakeHost, session: Session, vf: PciAddress, owner: Owner) -> None:
     """What a port does that needs a setting of the whole host."""
     (grant,) = session.acquire(owner, [hostdev(vf)])
-    with session._sharing(grant.token) as share:
+    with session._holding.sharing(grant.token) as share:
         share(Sysctl(SETTING, read_setting(host)))
         Path(f"{host.settings.proc}/sys/{SETTING}").write_text("1")
 

@@ -1,0 +1,116 @@
+"""What a decision stands on beside claims: the configuration, the devices, and what this host can do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from vnet_lock import backends, ports
+from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Port, backends_of, ports_of
+from vnet_lock.errors import VnetLockError
+from vnet_lock.kernel import programs
+from vnet_lock.kernel.kinship import Kinship
+from vnet_lock.kernel.observe import read_inventory
+from vnet_lock.model import Claims, Fixed, Intent, Inventory, Owner, Request, Resource
+from vnet_lock.planning import Situation
+from vnet_lock.settings import Settings
+
+if TYPE_CHECKING:
+    from vnet_lock.config import Config
+
+
+class Outlook:
+    """One host, with its configuration read once; ``settings`` are tuned by it.
+
+    A configuration that can't be read is an error only where one is needed.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._config: Config | None = None
+        self._config_error: VnetLockError | None = None
+        try:
+            self._config = _read_config(settings)
+        except VnetLockError as error:
+            self._config_error = error
+        self.settings = self._config.tune(settings) if self._config else settings
+
+    def resolve(self, requests: Iterable[Request]) -> tuple[Request, ...]:
+        """With the devices that the configuration has for them; BadInput where that can't be told."""
+        config = self._require_config()
+        return tuple(map(config.resolve, requests)) if config else tuple(requests)
+
+    def left_to_host(self, inventory: Inventory) -> frozenset[Resource]:
+        """VFs that no guest is to have."""
+        config = self._require_config()
+        return config.left_to_host(inventory) if config else frozenset()
+
+    def _require_config(self) -> Config | None:
+        """The configuration, None where there is none; raises what is wrong with it."""
+        if self._config_error:
+            raise self._config_error
+        return self._config
+
+    def observe(self, requests: tuple[Request, ...], vlans: bool) -> Inventory:
+        """The devices that the requests are about; with ``vlans`` also which of them have which."""
+        devices: list[str] = []
+        for request in requests:
+            if isinstance(request, Fixed):
+                devices.append(str(request.device))
+            else:
+                devices += [*request.devs, *request.addresses]
+        return read_inventory(self.settings, devices, vlans=vlans)
+
+    def situation(
+        self, inventory: Inventory, owner: Owner | None = None, requests: tuple[Request, ...] = ()
+    ) -> Situation:
+        """All that a decision stands on, but for the claims: those are read under the guard."""
+        kinship = Kinship(self.settings)
+        lacking: dict[Port | Backend, str] = {}
+        sources = {}
+        found: set[str] = set()
+        if any(isinstance(request, Intent) for request in requests):
+            # Only those that are asked for: passt is tried to see whether it can.
+            for backend in _backends_for(requests):
+                module = backends.find(backend)
+                lacking[backend] = module.missing(self.settings) if module else "not built in this version"
+            found = {name for name in ("nft", "dnsmasq") if programs.find(name)}
+            sources = {port: module.candidates for port in Port if (module := ports.find(port))}
+        return Situation(
+            inventory,
+            Claims(),
+            owner,
+            kinship.guest_pid,
+            kinship.is_own,
+            lacking={what: why for what, why in lacking.items() if why},
+            sources=sources,
+            programs=frozenset(found),
+            no_vlans=self._lacks_vlans(requests),
+        )
+
+    def _lacks_vlans(self, requests: tuple[Request, ...]) -> str:
+        if not any(request.vlan for request in requests if isinstance(request, Intent)):
+            return ""
+        from vnet_lock.kernel.modules import lacks_vlans  # 2 ms, and a megabyte to read
+
+        return lacks_vlans(self.settings)
+
+
+def _read_config(settings: Settings) -> Config | None:
+    if not os.path.lexists(settings.config_path):
+        return None
+    from vnet_lock.config import read_config  # 10 ms, for who has a file
+
+    return read_config(settings)
+
+
+def _backends_for(requests: Iterable[Request]) -> set[Backend]:
+    """Those that an intent may get."""
+    return {
+        backend
+        for one in requests
+        if isinstance(one, Intent)
+        for port in one.ports or ports_of(one.policy)
+        for backend in backends_of(one.policy, port)
+        if backend in (one.backends or DEFAULT_BACKENDS)
+    }
