@@ -253,8 +253,7 @@ Measured by `make bench-datapath`: one guest with all of the networks of a place
 Everything runs under emulation (TCG), so the figures say nothing of real hardware: what counts is how the
 rows of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` can't be there
 (the lab's NIC has no VEPA mode), nor `private-physdev` (its cable leads to no server).
-Not measured in these runs: {missing}.
-
+{missing}
 {hosts}
 
 ![chart](datapath.svg)
@@ -267,7 +266,9 @@ Not measured in these runs: {missing}.
 def report(files: Sequence[Path], folder: Path) -> None:
     """A table and a chart from what runs left."""
     runs = [json.loads(path.read_text()) for path in files]
-    rows = [*{row["name"]: Measured(**row) for run in runs for row in run["rows"]}.values()]
+    found = {row["name"]: Measured(**row | {"where": run["where"]}) for run in runs for row in run["rows"]}
+    order = {one.text: number for number, one in enumerate((*IN_NAMESPACES, *IN_LAB))}
+    rows = sorted(found.values(), key=lambda row: order.get(row.name, len(order)))
     hosts = [f"- *{run['where']}*: {run['machine']}, load {run['load']:.1f}, {run['date']}" for run in runs]
     table = [
         f"| {row.name} | {row.where} | {row.from_guest_mbps:.0f} | {row.to_guest_mbps:.0f} |"
@@ -280,7 +281,11 @@ def report(files: Sequence[Path], folder: Path) -> None:
         f"`{one.text}`" for one in (*IN_NAMESPACES, *IN_LAB) if one.text not in names and one not in cannot
     )
     text = _TEXT.format(
-        missing=missing or "none", size_mb=SIZE_MB, rounds=ROUNDS, trips=ROUND_TRIPS, hosts="\n".join(hosts)
+        missing=f"Not measured in these runs: {missing}.\n" if missing else "",
+        size_mb=SIZE_MB,
+        rounds=ROUNDS,
+        trips=ROUND_TRIPS,
+        hosts="\n".join(hosts),
     )
     folder.mkdir(exist_ok=True)
     (folder / "datapath.md").write_text(text + "\n".join(table) + "\n")
