@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,7 +140,9 @@ def test_watch_claims_what_is_plugged_in_raw_and_keeps_it_out_of_networks(
     assert plug(made, direct).returncode == 0
     wait_until(lambda: shares(lab) == 1, "its share of the PF is claimed", 120)
     assert plug(made, taken).returncode == 0
+    began = time.monotonic()
     wait_until(lambda: "conflict" in watch(), "the conflict is told", 120)
+    print(f"the conflict was told {time.monotonic() - began:.1f} s after virsh had plugged the VF in")
     assert f'conflict: guest "watched" has {first.pci}, but VF {first.pci} is held by process' in watch()
     found = json.loads(vnet_lock("status", "--json").stdout)["findings"]
     assert [(one["kind"], one["resource"]) for one in found] == [("conflict", f"vf:{first.pci}")]
