@@ -104,6 +104,9 @@ virConnectPtr virGetConnectNetwork(void)
 """
 
 
+_PARTS = ("virtqemud", "virtnetworkd")
+
+
 @contextmanager
 def split() -> Iterator[tuple[Daemon, Daemon]]:
     """One daemon for QEMU and one for networks and all else, in the place of libvirtd.
@@ -114,9 +117,9 @@ def split() -> Iterator[tuple[Daemon, Daemon]]:
     """
     drivers = next(Path("/usr/lib").glob("*/libvirt/connection-driver"))
     with TemporaryDirectory() as name:
-        qemu = _part(Path(name), "virtqemud", "qemu:///system", drivers.glob("*_qemu.so"))
+        qemu = _part(Path(name), _PARTS[0], "qemu:///system", drivers.glob("*_qemu.so"))
         others = (path for path in drivers.iterdir() if not path.name.endswith("_qemu.so"))
-        network = _part(Path(name), "virtnetworkd", "network:///system", others)
+        network = _part(Path(name), _PARTS[1], "network:///system", others)
         environment = {**qemu.environment, "LD_PRELOAD": _elsewhere(Path(name))}
         qemu = replace(qemu, environment=environment)
         LIBVIRTD.end()
@@ -128,8 +131,9 @@ def split() -> Iterator[tuple[Daemon, Daemon]]:
             for part in (qemu, network):
                 if part.is_alive:
                     part.end()
-            for path in RUN.glob("virt*d-sock"):
-                path.unlink()
+            # Not virtlogd's, beside them.
+            for part_name in _PARTS:
+                (RUN / f"{part_name}-sock").unlink(missing_ok=True)
             LIBVIRTD.begin()
 
 

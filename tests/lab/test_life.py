@@ -53,11 +53,14 @@ def test_libvirtd_restarts_and_no_guest_notices(
     lab.set_address(f"{HOST}/24")
     before = [looks(lab, 0), looks(lab, 1)]
     taken = guests.libvirt("taken", hostdev_xml(lab.vfs[0], "52:54:00:00:01:01"), ip="10.7.0.2/24", ping=HOST)
+    # One after the other: where a VF's driver starts in a guest while another VF is brought up, the NIC that
+    # is emulated here at times gives it no packets, for good.
+    assert taken.console.ready()["ping"] == "3/3"
     late = guests.libvirt(
         "late", late_xml("late-tap", "52:54:00:00:01:02"), metadata=intent_xml(lab.vfs[1].pci),
         ip="10.7.0.3/24", ping=HOST,
     )  # fmt: skip
-    assert [made.console.ready()["ping"] for made in (taken, late)] == ["3/3", "3/3"]
+    assert late.console.ready()["ping"] == "3/3"
     pids = taken.pid, late.pid
     LIBVIRTD.end(sign)
     following.begin()
