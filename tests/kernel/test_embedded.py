@@ -95,6 +95,13 @@ def test_a_guest_outlives_its_wrapper_and_is_never_started_twice(host: Host, gue
     assert host.claims() == []
     assert "alone-net1" not in host.links()
     assert {*before} <= {*host.links()}
+    # The next start is as the first.
+    with started([VNET_QEMU, str(guest)]) as process:
+        eventually(lambda: runs(host) or process.poll() is not None, 90)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0, process.communicate()
+    assert host.claims() == []
 
 
 def test_what_libvirt_refuses_leaves_nothing(host: Host, guest: Path) -> None:

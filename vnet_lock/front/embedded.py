@@ -69,9 +69,16 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
 
 
 def _require_alone(root: str, name: str) -> None:
-    """See that the guest doesn't run already: the driver, once opened, would end one that was left behind."""
+    """See that the guest doesn't run already: the driver, once opened, would end one that was left behind.
+
+    One that is dead is none of the driver's either: libvirt would take back the devices that it had, whoever
+    has them by now. What they were before is in our journals.
+    """
     if name in (".", ".."):
         raise BadInput(f"guest XML: {name!r} is no name of a guest")
+    status = f"{root}/run/qemu/{name}.xml"
+    # Looked at before the locks: what another writes who starts it at this moment is another file.
+    left = _identity(status)
     words = {"driver": "is run by another vnet-qemu", name: "is running already, without vnet-qemu"}
     for file, what in words.items():
         try:
@@ -80,6 +87,16 @@ def _require_alone(root: str, name: str) -> None:
             raise VnetLockError(f"cannot look into {root}: {error.strerror}; run as root") from error
         if pid is not None:
             raise VnetLockError(f'guest "{name}" {what} (pid {pid}); to end it: kill {pid}')
+    if left and left == _identity(status):
+        os.unlink(status)
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _open(settings: Settings, root: str) -> Libvirt:
