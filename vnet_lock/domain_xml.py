@@ -255,7 +255,11 @@ def _read_direct(element: Element, key: str) -> Fixed:
         raise BadInput(f"interface {key}: mode {mode!r} is none of {', '.join(_DIRECT_FORMS)}")
     form, mac = _DIRECT_FORMS[mode], _read_mac(element, f"interface {key}")
     # Only a VF of its own gets a VLAN from libvirt.
-    return Fixed(key, dev, form, mac, vlan=_read_vlan(element) if form is Form.PASSTHRU else None)
+    vlan = _read_vlan(element) if form is Form.PASSTHRU else None
+    name = _attribute(element, "target", "dev")
+    # What libvirt named itself stands in the XML of a running guest, and has another name at the next start.
+    ifname = None if name.startswith(_RESERVED_NAMES) else name or None
+    return Fixed(key, dev, form, mac, vlan=vlan, ifname=ifname)
 
 
 def _read_vlan(element: Element) -> int | None:

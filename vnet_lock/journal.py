@@ -178,11 +178,12 @@ class Datapath:
 class LibvirtMacvtap:
     """A macvtap that libvirt makes itself on a device, and leaves there if it is killed before QEMU runs.
 
-    ``device`` is as of a Link, ``mac`` the guest's.
+    ``device`` is as of a Link, ``mac`` the guest's; ``name`` is the macvtap's, None where libvirt chose it.
     """
 
     device: str
     mac: str
+    name: str | None = None
 
 
 Entry = (

@@ -452,7 +452,8 @@ class Fixed:
 
     ``is_interface`` tells whether it is known to be a network device: a plain hostdev may be a disk.
     ``vlan`` is the one that libvirt will set, None where its XML names none; ``policy`` the one that the
-    guest's metadata asks for, None where it doesn't.
+    guest's metadata asks for, None where it doesn't. ``ifname`` is the name that the macvtap is to have,
+    None where libvirt chooses it.
     """
 
     interface: str
@@ -462,6 +463,7 @@ class Fixed:
     is_interface: bool = True
     vlan: int | None = None
     policy: Policy | None = None
+    ifname: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -567,7 +567,7 @@ def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
     request = assignment.request
     if not isinstance(request, Fixed) or request.form is Form.HOSTDEV or not request.mac:
         return ()
-    return (LibvirtMacvtap(str(request.device), request.mac),)
+    return (LibvirtMacvtap(str(request.device), request.mac, request.ifname),)
 
 
 def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:

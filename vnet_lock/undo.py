@@ -116,7 +116,7 @@ def _undo_entry(settings: Settings, entry: Entry) -> None:  # noqa: PLR0912 - on
 
 
 def _remove_libvirts(settings: Settings, saved: LibvirtMacvtap) -> None:
-    """Remove the macvtap that libvirt left, known by its place, its MAC and the name that libvirt gives.
+    """Remove the macvtap that libvirt left, known by its place, its MAC and its name.
 
     What a process has open is somebody's.
     """
@@ -126,7 +126,8 @@ def _remove_libvirts(settings: Settings, saved: LibvirtMacvtap) -> None:
     lower = sysfs.read_nic(settings, netdev) if netdev else None
     for name in lower.uppers if lower else ():
         upper = sysfs.read_nic(settings, name)
-        if upper is None or upper.mac != saved.mac or not name.startswith("macvtap"):
+        is_its_name = name == saved.name if saved.name else name.startswith("macvtap")
+        if upper is None or upper.mac != saved.mac or not is_its_name:
             continue
         rdev = sysfs.read_macvtap_rdev(settings, name)
         if rdev is None or processes.read_holders(settings, [rdev]):

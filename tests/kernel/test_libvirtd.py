@@ -160,6 +160,22 @@ def test_what_libvirt_has_not_given_back_when_it_is_killed_is_nobodys_before_it_
     assert is_clean(libvirtd)
 
 
+def test_a_macvtap_whose_name_was_chosen_is_healed_too(libvirtd: Host) -> None:
+    virsh("undefine", "g")
+    interface = direct(MAC, "bridge").replace("</interface>", "<target dev='chosen0'/></interface>")
+    virsh("define", write_guest("g", interface))
+    with killed_at("g", "start"):
+        assert virsh("start", "--paused", "g", check=False).returncode != 0
+    eventually(lambda: not LIBVIRTD.is_alive)
+    assert "chosen0" in libvirtd.links()
+    assert gc() == 'healed nic:up0: left by guest "g"\n'
+    assert is_clean(libvirtd)
+    LIBVIRTD.begin()
+    virsh("start", "--paused", "g")
+    virsh("destroy", "g")
+    assert is_clean(libvirtd)
+
+
 def test_a_macvtap_on_a_guests_device_that_is_not_libvirts_stays(libvirtd: Host) -> None:
     """One with another MAC or name on a shared device, and one that a process has open."""
     virsh("undefine", "g")
