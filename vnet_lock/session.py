@@ -127,12 +127,9 @@ class Session:
         claims = self.table.read()
         inventory = read_inventory(self.settings, [pci.text for pci in pcis])
         stale = frozenset(Liveness(self.settings).stale(claims))
-        situation = replace(
-            self._outlook.situation(inventory),
-            claims=claims,
-            stale=stale,
-            left_to_host=self._outlook.left_to_host(inventory),
-        )
+        situation = self._outlook.situation(inventory)
+        left = self._outlook.left_to_host(inventory)
+        situation = replace(situation, claims=claims, stale=stale, left_to_host=left)
         return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
 
     # --- taking -------------------------------------------------------------------------------

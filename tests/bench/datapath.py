@@ -50,13 +50,12 @@ class Measured:
     """One network: megabits a second (the best round), microseconds there and back (the median of all)."""
 
     name: str
-    where: str
     from_guest_mbps: float
     to_guest_mbps: float
     round_trip_us: float
 
 
-def measure(name: str, where: str, console: Console, outside: Outside, wire: Wire) -> Measured:
+def measure(name: str, console: Console, outside: Outside, wire: Wire) -> Measured:
     """One network of a guest, which has its address there already."""
     listener = outside.inside(lambda: socket.create_server(("0.0.0.0", PORT)))
     listener.settimeout(DEADLINE_S)
@@ -69,7 +68,7 @@ def measure(name: str, where: str, console: Console, outside: Outside, wire: Wir
         down = [_timed(console, listener, receive, _fill) for _ in range(ROUNDS)]
         trips: list[float] = []
         _timed(console, listener, f"nc {peer} -e cat", lambda one: trips.extend(_echo(one)))
-    made = Measured(name, where, bits / min(up), bits / min(down), statistics.median(trips) * 1e6)
+    made = Measured(name, bits / min(up), bits / min(down), statistics.median(trips) * 1e6)
     print(
         f"{name:34} {made.from_guest_mbps:8.0f} {made.to_guest_mbps:8.0f} Mbit/s"
         f" {made.round_trip_us:8.0f} us",
@@ -139,7 +138,7 @@ def running(cases: Sequence[Case], folder: Path, accel: str) -> Iterator[Neighbo
         made.wait(120)
 
 
-def measure_all(cases: Sequence[Case], outside: Outside, where: str, accel: str) -> list[Measured]:
+def measure_all(cases: Sequence[Case], outside: Outside, accel: str) -> list[Measured]:
     """Each of these, one after the other; what can't be measured is said and left out."""
     found: list[Measured] = []
     if not cases:
@@ -148,7 +147,7 @@ def measure_all(cases: Sequence[Case], outside: Outside, where: str, accel: str)
         for case in cases:
             case.face(HOST)
             try:
-                found.append(measure(case.text, where, guest.console, outside, case.wire))
+                found.append(measure(case.text, guest.console, outside, case.wire))
             except (AssertionError, OSError) as error:
                 print(f"{case.text}: not measured: {error}", file=sys.stderr)
     return found
@@ -167,7 +166,7 @@ def in_namespaces(only: str) -> list[Measured]:
         outside.open()
         try:
             cases = [Case(one, Wire(number)) for number, one in enumerate(_named(IN_NAMESPACES, only))]
-            return measure_all(cases, outside, "namespaces", "tcg")
+            return measure_all(cases, outside, "tcg")
         finally:
             outside.close()
 
@@ -184,13 +183,13 @@ def in_lab(only: str) -> list[Measured]:
     found: list[Measured] = []
     try:
         wired = [Case(one, Wire(number)) for number, one in enumerate(_named(ON_WIRES, only))]
-        found += measure_all(wired, outside, "lab", "kvm")
+        found += measure_all(wired, outside, "kvm")
         if not only:
             found += libvirts_own(outside)
         with far_end(nic):
             for group in GROUPS:
                 cases = vf_cases(nic, _named(group, only))
-                found += measure_all([*cases.values()], outside, "lab", "kvm")
+                found += measure_all([*cases.values()], outside, "kvm")
     finally:
         outside.close()
         nic.reset()
@@ -225,7 +224,7 @@ def libvirts_own(outside: Outside) -> list[Measured]:
             mac = f"52:54:00:09:{one.number:02x}:02"
             nic = f"$(grep -l {mac} /sys/class/net/*/address | cut -d/ -f5)"
             made.console.ask(f"run ip address add {one.address(HOST)}/24 dev {nic}")
-            found.append(measure(name, "lab", made.console, outside, one))
+            found.append(measure(name, made.console, outside, one))
         return found
 
 
@@ -266,12 +265,13 @@ rows of one place compare. *lab* is a guest inside the lab VM, twice emulated. `
 def report(files: Sequence[Path], folder: Path) -> None:
     """A table and a chart from what runs left."""
     runs = [json.loads(path.read_text()) for path in files]
-    found = {row["name"]: Measured(**row | {"where": run["where"]}) for run in runs for row in run["rows"]}
+    places = {row["name"]: run["where"] for run in runs for row in run["rows"]}
+    found = {row["name"]: Measured(**row) for run in runs for row in run["rows"]}
     order = {one.text: number for number, one in enumerate((*IN_NAMESPACES, *IN_LAB))}
     rows = sorted(found.values(), key=lambda row: order.get(row.name, len(order)))
     hosts = [f"- *{run['where']}*: {run['machine']}, load {run['load']:.1f}, {run['date']}" for run in runs]
     table = [
-        f"| {row.name} | {row.where} | {row.from_guest_mbps:.0f} | {row.to_guest_mbps:.0f} |"
+        f"| {row.name} | {places[row.name]} | {row.from_guest_mbps:.0f} | {row.to_guest_mbps:.0f} |"
         f" {row.round_trip_us:.0f} |"
         for row in rows
     ]
@@ -292,7 +292,7 @@ def report(files: Sequence[Path], folder: Path) -> None:
     write_chart(
         folder / "datapath.svg",
         "Mbit/s by TCP",
-        [(f"{row.name} ({row.where})", row.from_guest_mbps, row.to_guest_mbps) for row in rows],
+        [(f"{row.name} ({places[row.name]})", row.from_guest_mbps, row.to_guest_mbps) for row in rows],
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import replace
@@ -88,7 +89,8 @@ def _require_alone(root: str, name: str) -> None:
         if pid is not None:
             raise VnetLockError(f'guest "{name}" {what} (pid {pid}); to end it: kill {pid}')
     if left and left == _identity(status):
-        os.unlink(status)
+        with suppress(FileNotFoundError):  # who starts it at this moment was quicker
+            os.unlink(status)
 
 
 def _identity(path: str) -> tuple[int, int] | None:
