@@ -72,8 +72,9 @@ def test_a_libvirt_guest_has_it_from_its_hook(guests: Guests, hook: None) -> Non
         assert made.console.ready(READY_S * 3)["ping"] == "3/3"
         assert "veb-macvlan-socket+vhost" in run("vnet-lock", "show", "nic:up0").stdout
         monitor, worker = back_ends()
-        os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: len(back_ends()) == 2 and worker not in back_ends(), "there is a new worker")
+        with wire.chatter():
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda: len(back_ends()) == 2 and worker not in back_ends(), "there is a new worker")
         # The guest may not have seen yet that its link went down.
         wait_until(lambda: made.console.ask(f"ping {ADDRESS}")["ping"] == "3/3", "QEMU came back")
         assert monitor in back_ends()

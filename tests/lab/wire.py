@@ -11,7 +11,8 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +21,7 @@ from tests.lab.nic import run
 T = TypeVar("T")
 
 NETDEV, PEER, ADDRESS = "up0", "peer0", "10.9.0.1"
+_EVERYBODY = "10.9.0.255"
 _NAMESPACE = "peer"
 _CLONE_NEWNET = 0x40000000
 # A transfer at the pace of an emulated CPU.
@@ -33,7 +35,7 @@ class Wire:
         run("ip", "netns", "add", _NAMESPACE)
         run("ip", "link", "add", NETDEV, "type", "veth", "peer", "name", PEER, "netns", _NAMESPACE)
         run("ip", "link", "set", NETDEV, "up")
-        self.ip("address", "add", f"{ADDRESS}/24", "dev", PEER)
+        self.ip("address", "add", f"{ADDRESS}/24", "broadcast", _EVERYBODY, "dev", PEER)
         self.ip("link", "set", PEER, "up")
 
     @property
@@ -64,6 +66,26 @@ class Wire:
         thread.start()
         thread.join()
         return results[0]
+
+    @contextmanager
+    def chatter(self) -> Iterator[None]:
+        """Meanwhile the peer talks to everybody, so that packets wait for whoever begins to listen."""
+        over = threading.Event()
+        talker = self.inside(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        talker.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+
+        def talk() -> None:
+            while not over.wait(0.02):
+                talker.sendto(b"hear", (_EVERYBODY, 9))
+
+        thread = threading.Thread(target=talk)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            talker.close()
 
     def receive(self) -> Transfer:
         """Take what a guest sends to port 5000."""

@@ -222,6 +222,13 @@ def kick() -> Iterator[int]:
 
 
 @pytest.fixture
+def call() -> Iterator[int]:
+    descriptor = os.eventfd(0, os.EFD_NONBLOCK)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
 def front(served: Served) -> Iterator[FrontEnd]:
     made = served.connect()
     yield made
@@ -348,6 +355,13 @@ def test_interrupts_change_while_a_ring_runs(served, front, memory, kick):
     front.say(14, u64(0), [kick])
     front.settle()
     assert served.kernels[0].said[-3:] == [("call", 1, True), ("call", 1, False), ("error", 0, True)]
+
+
+def test_a_guest_looks_at_a_ring_once_it_can_be_interrupted(front, memory, kick, call):
+    running(front, memory, kick)
+    front.say(13, u64(0), [call])
+    front.settle()
+    assert os.eventfd_read(call) == 1
 
 
 def test_the_same_features_again_stop_nothing(served, front, memory, kick):

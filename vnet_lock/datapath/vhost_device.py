@@ -6,6 +6,7 @@ nothing is ever started on what was checked for another state.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -198,6 +199,10 @@ class Device:
         kernel = self._kernels[index // 2]
         if message.request is Request.SET_VRING_CALL:
             kernel.set_call(index % 2, descriptor)
+            if descriptor >= 0:
+                # QEMU has a ring run before it gives the guest's own interrupt, and forgets what came until
+                # then; the kernel says nothing again before the guest has looked.
+                os.eventfd_write(descriptor, 1)
         elif message.request is Request.SET_VRING_ERR:
             kernel.set_error(index % 2, descriptor)
         elif descriptor < 0:
