@@ -20,6 +20,7 @@ GUEST = """\
     <vnet:guest xmlns:vnet="urn:vnet-lock:guest:1">
       <vnet:interface alias="ua-net0" policy="veb" port="bridge" dev="br0"/>
       <vnet:interface alias="ua-net1" policy="route" port="none" dev="up0" ip="192.0.2.7"/>
+      <vnet:interface alias="ua-net2" policy="vepa" port="macvlan" dev="up0"/>
     </vnet:guest>
   </metadata>
   <memory unit='MiB'>32</memory>
@@ -69,6 +70,7 @@ def test_a_guest_gets_what_it_wants_and_gives_it_back_at_a_signal(host: Host, gu
         assert "ip:192.0.2.7" in {claim["resource"] for claim in host.claims()}
         masters = {os.path.basename(os.readlink(path)) for path in Path("/sys/class/net").glob("*/master")}
         assert masters == {"br0"}
+        assert [made["ifname"] for made in host.macvtaps()] == ["alone-net2"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.communicate()
     assert host.claims() == []
@@ -116,9 +118,20 @@ def test_what_libvirt_refuses_leaves_nothing(host: Host, guest: Path) -> None:
     assert host.links() == before
 
 
+def test_a_macvtap_that_libvirt_would_make_is_refused(host: Host, guest: Path) -> None:
+    before = host.links()
+    direct = "<interface type='direct'><source dev='up0' mode='vepa'/></interface>"
+    guest.write_text(GUEST.replace("</devices>", f"{direct}</devices>"))
+    done = subprocess.run([VNET_QEMU, str(guest)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (5, 1), done.stderr
+    assert "its macvtap on up0; let vnet-lock make that" in done.stderr
+    assert (host.claims(), host.links()) == ([], before)
+
+
 def test_a_guest_is_shown_without_being_touched(host: Host, guest: Path) -> None:
     before = host.links()
     shown = subprocess.check_output([VNET_QEMU, "--print", str(guest)], text=True)
     assert "<source bridge='br0'/>" in shown
-    assert "<target dev='alone-net1' managed='no'/>" in shown
+    for ours in ("alone-net1", "alone-net2"):
+        assert f"<target dev='{ours}' managed='no'/>" in shown
     assert (host.claims(), host.links()) == ([], before)

@@ -204,6 +204,7 @@ def test_a_guest_of_a_file_runs_without_the_daemon_and_outlives_its_wrapper(
     argv = ["vnet-qemu", str(file_guest)]
     shown = run("vnet-qemu", "--print", str(file_guest)).stdout
     assert "<interface type='hostdev' managed='yes'>" in shown
+    assert "<target dev='alone-net1' managed='no'/>" in shown
     assert not os.path.exists(CLAIMS) or os.listdir(CLAIMS) == []
     made = guests.program("alone", argv, file_guest.with_suffix(".log"))
     seen = made.console.ready()

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_xml import read_guest, read_identity
-from vnet_lock.errors import BadInput, Refused, VnetLockError
+from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.front.program import ENDING
 from vnet_lock.front.resolver import resolve
 from vnet_lock.front.verbs import read_file
 from vnet_lock.kernel import processes
-from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.model import Fixed, Form, Owner, OwnerKind
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 
@@ -46,7 +46,7 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     owner = Owner(OwnerKind.QEMU, name, processes.read_boot_id(settings), process=me)
     session = Session(settings)
     if print_only:
-        sys.stdout.buffer.write(resolve(session, xml, owner).xml)
+        sys.stdout.buffer.write(_resolve(session, xml, owner))
         return 0
     # None of them raises anything: within a callback of libvirt's that would be lost.
     ended: list[int] = []
@@ -131,15 +131,31 @@ def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
     attempt = 0
     while True:
         attempt += 1
-        found = resolve(session, xml, owner)
+        resolved = _resolve(session, xml, owner)
         try:
-            for grant in session.acquire(owner, read_guest(found.xml).requests):
+            for grant in session.acquire(owner, read_guest(resolved).requests):
                 grant.close()
         except Refused:
             if attempt == _ATTEMPTS:
                 raise
         else:
-            return found.xml
+            return resolved
+
+
+def _resolve(session: Session, xml: bytes, owner: Owner) -> bytes:
+    """The guest with what it gets now, and no macvtap that libvirt would make.
+
+    Taking one away, libvirt looks for a client of its netlink service, which only its daemons start, and
+    dies by SIGSEGV (virNetlinkEventRemoveClient; seen with 11.3).
+    """
+    resolved = resolve(session, xml, owner, macvtaps=False).xml
+    for request in read_guest(resolved).requests:
+        if isinstance(request, Fixed) and request.form is not Form.HOSTDEV:
+            raise Unsupported(
+                f"interface {request.interface}: without its daemon, libvirt can't take away its macvtap on"
+                f" {request.device}; let vnet-lock make that: write an intent, as in xml/intent-vepa.xml"
+            )
+    return resolved
 
 
 def _create(libvirt: Libvirt, xml: bytes) -> Domain:

@@ -42,14 +42,17 @@ class Resolved:
     late: Mapping[str, str]
 
 
-def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = True) -> Resolved:
+def resolve(
+    planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = True, macvtaps: bool = True
+) -> Resolved:
     """The guest with its interfaces chosen now (``full``), or left to the hook at each start.
 
-    Raises what speaks against it: BadInput, Refused, Unsupported.
+    Without ``macvtaps`` those are ours to make, too. Raises what speaks against it: BadInput, Refused,
+    Unsupported.
     """
     guest, wishes = read_wishes(xml)
     if full:
-        forms, late = _choose(planner, (*guest.requests,), wishes, owner)
+        forms, late = _choose(planner, (*guest.requests,), wishes, owner, macvtaps)
     else:
         forms, late = {}, dict.fromkeys((wish.intent.interface for wish in wishes), "")
     forms |= {
@@ -70,7 +73,11 @@ def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
 
 
 def _choose(
-    planner: Planner, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
+    planner: Planner,
+    others: tuple[Request, ...],
+    wishes: tuple[Wish, ...],
+    owner: Owner | None,
+    macvtaps: bool,
 ) -> tuple[dict[str, Form | None], dict[str, str]]:
     requests = (*others, *map(full_intent, wishes))
     forms: dict[str, Form | None] = {}
@@ -79,7 +86,9 @@ def _choose(
         if not isinstance(assignment.request, Intent):
             continue
         form = form_of(planner.settings, assignment)
-        if isinstance(form, Form):
+        if isinstance(form, Form) and form.kind == "direct" and not macvtaps:
+            late[assignment.request.interface] = "its macvtap is ours to make"
+        elif isinstance(form, Form):
             forms[assignment.request.interface] = form
         else:
             late[assignment.request.interface] = form
