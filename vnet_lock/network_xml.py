@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import dataclass
-from vnet_lock.domain_xml import parse, read_address, read_fixed
+from vnet_lock.domain_devices import read_address
+from vnet_lock.domain_document import parse
+from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import BadInput
 from vnet_lock.model import Fixed, PciAddress
 

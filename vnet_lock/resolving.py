@@ -8,7 +8,7 @@ from collections.abc import Callable
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_rewrite import Form, bridge, direct, function, made, user, vf
-from vnet_lock.domain_xml import LATE_BACKENDS, Wish
+from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.model import Assignment, Intent, Inventory, Nic, Vf, is_ifname
 

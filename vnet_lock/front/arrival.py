@@ -14,7 +14,8 @@ from typing import Protocol
 from vnet_lock.combination import Backend, Port
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_rewrite import Form, made, rewrite
-from vnet_lock.domain_xml import LATE_BACKENDS, Wish, read_guest, read_wishes
+from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
+from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import Unsupported
 from vnet_lock.front.resolver import form_of
 from vnet_lock.model import Assignment, Fixed, Intent, Owner, Request

@@ -18,8 +18,9 @@ from uuid import uuid4
 
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
+from vnet_lock.domain_devices import Plugged, read_plugged
 from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
-from vnet_lock.domain_xml import Plugged, read_guest, read_identity, read_plugged
+from vnet_lock.domain_xml import read_guest, read_identity
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
 from vnet_lock.front.libvirt_guest import read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one

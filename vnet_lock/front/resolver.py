@@ -8,7 +8,8 @@ from typing import Protocol
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import dataclass
 from vnet_lock.domain_rewrite import Form, rewrite
-from vnet_lock.domain_xml import Wish, read_guest, read_wishes
+from vnet_lock.domain_wishes import Wish
+from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import Unsupported
 from vnet_lock.kernel import sysfs
 from vnet_lock.kernel.observe import read_inventory

@@ -326,7 +326,7 @@ def read_words(args: Namespace) -> tuple[Request, ...]:
 
 def read_file(path: str) -> bytes:
     """A file that the user names, ``-`` for standard input; BadInput where it can't be read."""
-    from vnet_lock.domain_xml import SIZE_LIMIT_BYTES
+    from vnet_lock.domain_document import SIZE_LIMIT_BYTES
 
     try:
         if path == "-":

@@ -15,7 +15,9 @@ from urllib.parse import urlsplit
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.dataclass import dataclass
-from vnet_lock.domain_xml import parse, read_fixed, read_user_aliases
+from vnet_lock.domain_devices import read_user_aliases
+from vnet_lock.domain_document import parse
+from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error
 from vnet_lock.front.libvirt_client import DEFAULT_URI, Disconnected, Domain, Happened, Libvirt
