@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 from vnet_lock.combination import Policy, Port, ports_of
 from vnet_lock.dataclass import dataclass, field, replace
 from vnet_lock.errors import BadInput, VnetLockError
-from vnet_lock.model import Intent, Inventory, PciAddress, Pf, Request, Resource, Vf, is_ifname
+from vnet_lock.model import Inventory, PciAddress, Pf, Resource, Vf, is_ifname
+from vnet_lock.request import Intent, Request
 from vnet_lock.settings import Settings
 
 SIZE_LIMIT_BYTES = 256 * 1024

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.domain_document import RESERVED_NAMES, attribute, mode_of, parse, read_mac, user_alias
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Fixed, Form, PciAddress, is_ifname
+from vnet_lock.model import PciAddress, is_ifname
+from vnet_lock.request import Fixed, Form
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -69,6 +69,12 @@ def read_uuid(root: Element) -> str:
     return re.sub("(.{8})(.{4})(.{4})(.{4})(.{12})", r"\1-\2-\3-\4-\5", digits)
 
 
+def read_identity(xml: bytes) -> tuple[str, str]:
+    """A guest's name and uuid alone, so that a guest with a bad intent can still be released."""
+    root = parse(xml)
+    return read_name(root), read_uuid(root)
+
+
 def user_alias(element: Element) -> str:
     """The alias that the user gave: libvirt keeps those with this prefix, and changes all others."""
     alias = attribute(element, "alias", "name")

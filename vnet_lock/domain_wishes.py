@@ -18,7 +18,8 @@ from vnet_lock.domain_document import (
     user_alias,
 )
 from vnet_lock.errors import BadInput, Unsupported
-from vnet_lock.model import Intent, PciAddress, is_ifname, parse_guest_address
+from vnet_lock.model import PciAddress, is_ifname, parse_guest_address
+from vnet_lock.request import Intent
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

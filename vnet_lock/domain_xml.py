@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
     from vnet_lock.domain_wishes import Wish
-    from vnet_lock.model import Fixed, Request
+    from vnet_lock.request import Fixed, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +56,6 @@ def read_wishes(xml: bytes) -> tuple[Guest, tuple[Wish, ...]]:
 def read_fixed(root: Element) -> Guest:
     """What libvirt itself opens for the guest of a <domain>, whatever its metadata asks for."""
     return _guest(root, read_opened(root, {}))
-
-
-def read_identity(xml: bytes) -> tuple[str, str]:
-    """The name and uuid alone, so that a guest with a bad intent can still be released."""
-    root = parse(xml)
-    return read_name(root), read_uuid(root)
 
 
 def _guest(root: Element, requests: tuple[Request, ...]) -> Guest:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from vnet_lock.combination import COMBINATIONS, Combination, Policy, Port
 from vnet_lock.dataclass import dataclass
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import Intent, Inventory, Nic, Plan, Refusal
+from vnet_lock.model import Inventory, Nic
 from vnet_lock.probing import Probes
+from vnet_lock.request import Intent, Plan, Refusal
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 

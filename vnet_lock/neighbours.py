@@ -6,16 +6,8 @@ from collections.abc import Collection, Iterable
 
 from vnet_lock.combination import Port
 from vnet_lock.dataclass import dataclass
-from vnet_lock.model import (
-    Assignment,
-    Claim,
-    Inventory,
-    PciAddress,
-    Resource,
-    ResourceKind,
-    User,
-    Wanted,
-)
+from vnet_lock.model import Claim, Inventory, PciAddress, Resource, ResourceKind, User, Wanted
+from vnet_lock.request import Assignment
 from vnet_lock.rules import Tenancy, are_neighbours, breaks_eswitch, breaks_privacy
 
 

@@ -9,7 +9,8 @@ from vnet_lock.domain_devices import read_address
 from vnet_lock.domain_document import parse
 from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Fixed, PciAddress
+from vnet_lock.model import PciAddress
+from vnet_lock.request import Fixed
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

@@ -10,22 +10,13 @@ from vnet_lock.dataclass import dataclass, field, replace
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.journal import Link
 from vnet_lock.model import (
-    Assignment,
     Claim,
     Claims,
-    Fixed,
-    Form,
-    Intent,
     Inventory,
     Mode,
     Nic,
     Owner,
     PciAddress,
-    Plan,
-    Refusal,
-    RefusalKind,
-    Rejection,
-    Request,
     Resource,
     ResourceKind,
     UseKind,
@@ -33,6 +24,7 @@ from vnet_lock.model import (
     Wanted,
 )
 from vnet_lock.neighbours import find_discord, sibling_in_the_way
+from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, RefusalKind, Rejection, Request
 from vnet_lock.rules import PidOf, Tenancy, conflict, holder_text, same_mac
 from vnet_lock.use import IsOwn, foreign_users
 

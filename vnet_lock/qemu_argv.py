@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, ports_of
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Intent, PciAddress, is_ifname, parse_guest_address
+from vnet_lock.model import PciAddress, is_ifname, parse_guest_address
 from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options
+from vnet_lock.request import Intent
 
 _KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues", "ip", "dhcp")
 # What -nic host takes beside them: properties of the device that it makes.

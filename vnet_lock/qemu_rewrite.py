@@ -10,10 +10,11 @@ from typing import Protocol, assert_never
 
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.dataclass import dataclass
-from vnet_lock.model import Intent, PciAddress
+from vnet_lock.model import PciAddress
 from vnet_lock.qemu_argv import Host, Nic, QemuArgv
 from vnet_lock.qemu_memory import share_memory
 from vnet_lock.qemu_words import NETWORKS, Option, Properties
+from vnet_lock.request import Intent
 
 # Properties that every PCI device of QEMU has: they stay when a NIC becomes vfio-pci.
 _PCI_KEYS = (

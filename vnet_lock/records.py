@@ -9,17 +9,7 @@ from typing import Any, get_args
 
 from vnet_lock import journal
 from vnet_lock.dataclass import fields
-from vnet_lock.model import (
-    Claim,
-    Mode,
-    Owner,
-    OwnerKind,
-    PciAddress,
-    Process,
-    Reservation,
-    Resource,
-    State,
-)
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Reservation, Resource, State
 
 VERSION = 1
 SIZE_LIMIT = 1 << 20

@@ -10,7 +10,8 @@ from vnet_lock.dataclass import replace
 from vnet_lock.domain_rewrite import Form, bridge, direct, function, made, user, vf
 from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
 from vnet_lock.errors import BadInput, Unsupported
-from vnet_lock.model import Assignment, Intent, Inventory, Nic, Vf, is_ifname
+from vnet_lock.model import Inventory, Nic, Vf, is_ifname
+from vnet_lock.request import Assignment, Intent
 
 # What libvirt can open in some way.
 _BACKENDS = (*LATE_BACKENDS, Backend.VFIO, Backend.USER, Backend.PASST)

@@ -24,21 +24,14 @@ from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import pf_lock
 from vnet_lock.model import (
-    Assignment,
     Claim,
     Claims,
-    Fixed,
-    Form,
-    Intent,
     Inventory,
     Mode,
     Owner,
     OwnerKind,
     PciAddress,
-    Plan,
     Process,
-    Refusal,
-    Request,
     Reservation,
     Resource,
     ResourceKind,
@@ -50,6 +43,7 @@ from vnet_lock.neighbours import needs_vlans
 from vnet_lock.outlook import Outlook
 from vnet_lock.planning import error_of, function_wanted, name_of, nic_wanted, plan
 from vnet_lock.ports import Job, Opened
+from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request
 from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
 

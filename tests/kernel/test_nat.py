@@ -34,7 +34,8 @@ from vnet_lock.errors import Unsupported
 from vnet_lock.journal import DhcpServer
 from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Intent, Owner, OwnerKind
+from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.request import Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo

@@ -13,9 +13,10 @@ from vnet_lock.combination import Policy, Port
 from vnet_lock.errors import Refused, Unsupported, VnetLockError
 from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Claim, Intent, Owner, OwnerKind
+from vnet_lock.model import Claim, Owner, OwnerKind
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvtap import open_macvlan
+from vnet_lock.request import Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo

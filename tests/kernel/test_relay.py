@@ -21,8 +21,8 @@ from vnet_lock.backends import socket as backend
 from vnet_lock.combination import Combination, Policy
 from vnet_lock.kernel import netlink
 from vnet_lock.kernel.netns import call_in, make_namespace
-from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import DEFAULT
 
 Ip = Callable[[str], str]

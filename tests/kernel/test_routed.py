@@ -24,8 +24,9 @@ from vnet_lock.kernel import packet
 from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Assignment, Claim, Intent, Mode, Owner, OwnerKind, Resource, State, Wanted
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, Resource, State, Wanted
 from vnet_lock.ports import Job, veth_macvlan
+from vnet_lock.request import Assignment, Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo

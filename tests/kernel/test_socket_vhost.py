@@ -19,8 +19,9 @@ from vnet_lock.front.supervisor import uid_of
 from vnet_lock.journal import SocketFile
 from vnet_lock.kernel import netns
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Intent, Owner, OwnerKind
+from vnet_lock.model import Owner, OwnerKind
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT, Settings
 

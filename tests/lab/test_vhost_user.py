@@ -189,8 +189,8 @@ def test_nothing_is_left_of_a_qemu_that_is_killed(one: Machine) -> None:
 def test_a_vf_in_a_namespace_of_its_own_carries_packets(lab: Nic, guests: Guests, tmp_path: Path) -> None:
     from vnet_lock.backends import socket_vhost
     from vnet_lock.combination import Combination
-    from vnet_lock.model import Intent
     from vnet_lock.ports import Opened
+    from vnet_lock.request import Intent
     from vnet_lock.settings import DEFAULT
 
     (vf,) = lab.set_numvfs(1)

@@ -23,7 +23,8 @@ from tests.lab.nic import run, wait_until
 from vnet_lock.combination import Backend, Policy, Port
 from vnet_lock.errors import Unsupported, VnetLockError
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Intent, Owner, OwnerKind
+from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.request import Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo

@@ -16,7 +16,8 @@ from vnet_lock.combination import Combination
 from vnet_lock.errors import Refused, VnetLockError
 from vnet_lock.front import wrapper
 from vnet_lock.front.command import serve
-from vnet_lock.model import Assignment, Intent, Mode, Owner, Resource, Wanted
+from vnet_lock.model import Mode, Owner, Resource, Wanted
+from vnet_lock.request import Assignment, Intent
 from vnet_lock.settings import DEFAULT
 
 

@@ -14,7 +14,8 @@ from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Refused
 from vnet_lock.front.arrival import receive
 from vnet_lock.front.libvirt_guest import read_owner
-from vnet_lock.model import Fixed, Owner, State
+from vnet_lock.model import Owner, State
+from vnet_lock.request import Fixed
 from vnet_lock.session import Session
 
 DAEMON = 4711

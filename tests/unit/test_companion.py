@@ -27,7 +27,8 @@ from vnet_lock.journal import Companion
 from vnet_lock.kernel import background
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.kernel.processes import is_alive
-from vnet_lock.model import Fixed, Form, Intent, PciAddress, Process, State
+from vnet_lock.model import PciAddress, Process, State
+from vnet_lock.request import Fixed, Form, Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT, Settings
 

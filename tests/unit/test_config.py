@@ -33,22 +33,8 @@ from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hook as hook_module
 from vnet_lock.front.cli import main
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import (
-    Claim,
-    Fixed,
-    Form,
-    Intent,
-    Mode,
-    Owner,
-    OwnerKind,
-    PciAddress,
-    Plan,
-    Process,
-    Refusal,
-    Request,
-    Resource,
-    State,
-)
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State
+from vnet_lock.request import Fixed, Form, Intent, Plan, Refusal, Request
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT, Settings
 

@@ -12,7 +12,8 @@ from vnet_lock import domain_rewrite
 from vnet_lock.domain_rewrite import Form, rewrite
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Fixed, PciAddress
+from vnet_lock.model import PciAddress
+from vnet_lock.request import Fixed
 
 VF = PciAddress.parse("0000:01:10.2")
 FORMS = {

@@ -11,11 +11,12 @@ import pytest
 from lxml import etree
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
-from vnet_lock.domain_document import SIZE_LIMIT_BYTES
+from vnet_lock.domain_document import SIZE_LIMIT_BYTES, read_identity
 from vnet_lock.domain_wishes import NAMESPACE
-from vnet_lock.domain_xml import read_guest, read_identity, read_wishes
+from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
-from vnet_lock.model import Fixed, Form, Intent, PciAddress
+from vnet_lock.model import PciAddress
+from vnet_lock.request import Fixed, Form, Intent
 
 XML = Path(__file__).parents[2] / "xml"
 EXAMPLES = sorted(XML.glob("*.xml"))

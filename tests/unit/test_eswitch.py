@@ -18,22 +18,10 @@ from vnet_lock.combination import Backend, Policy, Port
 from vnet_lock.errors import Refused, Unsupported
 from vnet_lock.journal import EswitchMode
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import (
-    Claim,
-    Fixed,
-    Form,
-    Intent,
-    Mode,
-    Owner,
-    OwnerKind,
-    PciAddress,
-    Process,
-    Refusal,
-    Resource,
-    State,
-)
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State
 from vnet_lock.ports import Job
 from vnet_lock.ports.eswitch import hold_mode
+from vnet_lock.request import Fixed, Form, Intent, Refusal
 from vnet_lock.session import Session
 
 PF = PciAddress.parse("0000:01:00.0")

@@ -18,18 +18,8 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hook import Call, answer, perform
-from vnet_lock.model import (
-    Assignment,
-    Fixed,
-    Intent,
-    Owner,
-    OwnerKind,
-    Plan,
-    Process,
-    Refusal,
-    Request,
-    Resource,
-)
+from vnet_lock.model import Owner, OwnerKind, Process, Resource
+from vnet_lock.request import Assignment, Fixed, Intent, Plan, Refusal, Request
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
 

@@ -18,8 +18,9 @@ from vnet_lock.errors import BadInput
 from vnet_lock.front.hook import answer_with
 from vnet_lock.front.libvirt_guest import read_daemon
 from vnet_lock.front.network_hook import perform
-from vnet_lock.model import Fixed, Form, PciAddress
+from vnet_lock.model import PciAddress
 from vnet_lock.network_xml import Port, read_port
+from vnet_lock.request import Fixed, Form
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 

@@ -15,7 +15,7 @@ from vnet_lock.combination import Combination, Policy
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.front import helper, helper_message, helper_words
 from vnet_lock.front.cli import main
-from vnet_lock.model import Intent
+from vnet_lock.request import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"

@@ -13,9 +13,6 @@ from vnet_lock.model import (
     Claim,
     Claims,
     Damaged,
-    Fixed,
-    Form,
-    Intent,
     Inventory,
     Mode,
     Nic,
@@ -23,11 +20,7 @@ from vnet_lock.model import (
     OwnerKind,
     PciAddress,
     Pf,
-    Plan,
     Process,
-    Refusal,
-    RefusalKind,
-    Request,
     Resource,
     State,
     UseKind,
@@ -35,6 +28,7 @@ from vnet_lock.model import (
     Vf,
 )
 from vnet_lock.planning import Situation, plan
+from vnet_lock.request import Fixed, Form, Intent, Plan, Refusal, RefusalKind, Request
 
 PF_A, PF_B = PciAddress.parse("0000:01:00.0"), PciAddress.parse("0000:02:00.0")
 

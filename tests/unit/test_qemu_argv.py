@@ -7,10 +7,11 @@ import pytest
 
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import BadInput
-from vnet_lock.model import Intent, PciAddress
+from vnet_lock.model import PciAddress
 from vnet_lock.qemu_argv import read_argv, read_protocols
 from vnet_lock.qemu_rewrite import Dialect, rewrite
 from vnet_lock.qemu_words import Properties, split_options
+from vnet_lock.request import Intent
 
 FDS = "-netdev tap,id=net0,fds=3:4,vhost=on,vhostfds=5:6"
 MAC = "52:54:00:aa:bb:cc"

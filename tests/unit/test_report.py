@@ -18,23 +18,8 @@ from vnet_lock.front.report import Style, plan_text, show_text, status_text
 from vnet_lock.front.report_json import plan_json, show_json, since_iso, status_json
 from vnet_lock.journal import MadeLink, VfAdmin
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import (
-    Assignment,
-    Claim,
-    Fixed,
-    Form,
-    Intent,
-    Mode,
-    OwnerKind,
-    PciAddress,
-    Plan,
-    Refusal,
-    RefusalKind,
-    Rejection,
-    Resource,
-    State,
-    Wanted,
-)
+from vnet_lock.model import Claim, Mode, OwnerKind, PciAddress, Resource, State, Wanted
+from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, RefusalKind, Rejection
 
 GOLDEN = Path(__file__).parent / "golden"
 PF = PciAddress.parse("0000:01:00.0")

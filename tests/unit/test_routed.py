@@ -11,8 +11,9 @@ from tests.unit.test_planning import DB, claim, decide, host, nic, planned, refu
 from vnet_lock.combination import Backend, Policy, Port
 from vnet_lock.errors import Unsupported
 from vnet_lock.journal import Entry, Sysctls
-from vnet_lock.model import Intent, Mode, RefusalKind, Resource, UseKind, User, Wanted, parse_guest_address
+from vnet_lock.model import Mode, Resource, UseKind, User, Wanted, parse_guest_address
 from vnet_lock.ports import forwarding
+from vnet_lock.request import Intent, RefusalKind
 from vnet_lock.settings import Settings
 
 GUEST = Intent(

@@ -24,19 +24,8 @@ from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.journal import Driver, Link, Sysctl
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.locks import guard
-from vnet_lock.model import (
-    Claim,
-    Fixed,
-    Form,
-    Intent,
-    Mode,
-    Owner,
-    OwnerKind,
-    PciAddress,
-    Process,
-    Resource,
-    State,
-)
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State
+from vnet_lock.request import Fixed, Form, Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 

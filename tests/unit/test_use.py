@@ -5,18 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vnet_lock.journal import MadeLink
-from vnet_lock.model import (
-    Claim,
-    Mode,
-    Owner,
-    OwnerKind,
-    PciAddress,
-    Process,
-    Resource,
-    State,
-    UseKind,
-    User,
-)
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State, UseKind, User
 from vnet_lock.use import counts, foreign_users
 
 PCI = PciAddress.parse("0000:01:10.0")

@@ -16,8 +16,9 @@ from vnet_lock.front.libvirt_guest import address_words, read_owner
 from vnet_lock.front.network_hook import perform
 from vnet_lock.front.pool_ports import PoolPorts
 from vnet_lock.front.watch import Watch, follow
-from vnet_lock.model import Fixed, Form, Mode, PciAddress, Resource
+from vnet_lock.model import Mode, PciAddress, Resource
 from vnet_lock.network_xml import RESERVING, read_port
+from vnet_lock.request import Fixed, Form
 from vnet_lock.session import Session
 
 __all__ = ["host"]  # a fixture

@@ -20,7 +20,8 @@ from tests.unit import fake_vnet_qemu
 from tests.unit.fake_vnet_qemu import assignment
 from vnet_lock.errors import BadInput, Refused, Unsupported
 from vnet_lock.front import wrapper
-from vnet_lock.model import Intent, PciAddress, Plan, Policy, Refusal, RefusalKind, Resource
+from vnet_lock.model import PciAddress, Policy, Resource
+from vnet_lock.request import Intent, Plan, Refusal, RefusalKind
 from vnet_lock.settings import DEFAULT
 
 HOST = ("-netdev", "host,id=net0,mode=vepa,dev=eth0", "-device", "virtio-net-pci,netdev=net0")

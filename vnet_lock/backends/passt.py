@@ -8,8 +8,8 @@ from vnet_lock.backends import Connection
 from vnet_lock.combination import Combination
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import programs
-from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
 
 

@@ -11,8 +11,8 @@ import socket
 from vnet_lock.backends import Connection
 from vnet_lock.combination import Combination, Port
 from vnet_lock.errors import VnetLockError
-from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
 
 # Some hundred frames, which the kernel counts with its own overhead; more would make a slow guest's network

@@ -14,8 +14,8 @@ from vnet_lock.backends import Connection
 from vnet_lock.backends.tap_vhost import missing
 from vnet_lock.combination import Combination, Port
 from vnet_lock.errors import VnetLockError
-from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
 
 __all__ = ["connect", "missing"]

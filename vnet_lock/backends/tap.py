@@ -5,8 +5,8 @@ from __future__ import annotations
 from vnet_lock.backends import Connection
 from vnet_lock.combination import Combination, Port
 from vnet_lock.errors import VnetLockError
-from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
 
 

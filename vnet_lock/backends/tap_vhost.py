@@ -7,8 +7,8 @@ import os
 from vnet_lock.backends import Connection
 from vnet_lock.backends.tap import open_queues
 from vnet_lock.combination import Combination
-from vnet_lock.model import Intent
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
 
 

@@ -7,8 +7,9 @@ import os
 from vnet_lock.backends import Connection
 from vnet_lock.combination import Combination
 from vnet_lock.kernel.sysfs import list_names
-from vnet_lock.model import Intent, PciAddress
+from vnet_lock.model import PciAddress
 from vnet_lock.ports import Opened
+from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
 
 

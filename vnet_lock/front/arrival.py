@@ -18,7 +18,8 @@ from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
 from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import Unsupported
 from vnet_lock.front.resolver import form_of
-from vnet_lock.model import Assignment, Fixed, Intent, Owner, Request
+from vnet_lock.model import Owner
+from vnet_lock.request import Assignment, Fixed, Intent, Request
 from vnet_lock.resolving import full_intent, name_link
 from vnet_lock.settings import Settings
 

@@ -22,7 +22,8 @@ from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.journal import Companion, Entry
 from vnet_lock.kernel import background
 from vnet_lock.kernel.liveness import Liveness
-from vnet_lock.model import Intent, Owner, PciAddress, Process, State
+from vnet_lock.model import Owner, PciAddress, Process, State
+from vnet_lock.request import Intent
 
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt

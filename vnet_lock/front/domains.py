@@ -19,16 +19,18 @@ from uuid import uuid4
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
+from vnet_lock.domain_document import read_identity
 from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
-from vnet_lock.domain_xml import read_guest, read_identity
+from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
 from vnet_lock.front.libvirt_guest import read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
-from vnet_lock.model import Fixed, Intent, Owner
+from vnet_lock.model import Owner
 from vnet_lock.planning import name_of
 from vnet_lock.ports.macvtap import random_mac
+from vnet_lock.request import Fixed, Intent
 from vnet_lock.resolving import late_backends, name_link
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings

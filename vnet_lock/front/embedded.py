@@ -14,13 +14,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import replace
-from vnet_lock.domain_xml import read_guest, read_identity
+from vnet_lock.domain_document import read_identity
+from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.front.program import ENDING
 from vnet_lock.front.resolver import resolve
 from vnet_lock.front.verbs import read_file
 from vnet_lock.kernel import processes
-from vnet_lock.model import Fixed, Form, Owner, OwnerKind
+from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.request import Fixed, Form
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 

@@ -18,7 +18,8 @@ from vnet_lock.combination import Port
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.command import print_error, serve
 from vnet_lock.front.helper_words import HINT, Target, Words, fill, read_intent, read_words
-from vnet_lock.model import Intent, Owner, OwnerKind
+from vnet_lock.model import Owner, OwnerKind
+from vnet_lock.request import Intent
 from vnet_lock.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def _connected(
     try:
         if words.has("explain"):
             from vnet_lock.front.report import plan_text  # 20 ms
-            from vnet_lock.model import Plan
+            from vnet_lock.request import Plan
 
             _explain(plan_text(Plan((grant.assignment,))).splitlines())
         connection = session.connect(grant)

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from vnet_lock.backends import Connection
 from vnet_lock.combination import Backend
 from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
-from vnet_lock.model import Intent
 from vnet_lock.qemu_rewrite import Connected
+from vnet_lock.request import Intent
 
 VERSION = 1
 # What each backend's own descriptors are.

@@ -9,7 +9,7 @@ from enum import Enum
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import BadInput, Unsupported
-from vnet_lock.model import Intent
+from vnet_lock.request import Intent
 
 # What becomes a key of the same name of QEMU's -netdev host, where it is checked.
 KEYS = ("mode", "dev", "pool", "protocols", "port", "mac", "queues", "vlan", "ip", "dhcp")

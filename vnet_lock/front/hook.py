@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from types import FrameType
     from typing import NoReturn
 
-    from vnet_lock.model import Assignment, Owner, Plan, Refusal, Request
+    from vnet_lock.model import Owner
+    from vnet_lock.request import Assignment, Plan, Refusal, Request
     from vnet_lock.session import Grant
 
 # What isn't undone this long after the hook's deadline is left to the claim's journal.
@@ -161,7 +162,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
         return b""
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
-    from vnet_lock.model import Fixed
+    from vnet_lock.request import Fixed
 
     if call.operation in ("stopped", "release"):
         _give_back(call, open_session)
@@ -190,7 +191,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
 
 def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
     """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
-    from vnet_lock.model import Intent
+    from vnet_lock.request import Intent
 
     grants = session.acquire(owner, requests)
     if any(isinstance(one, Intent) and one.socket for one in requests):
@@ -202,11 +203,11 @@ def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], setting
 
 
 def _give_back(call: Call, open_session: Callable[[Settings], Guards]) -> None:
-    from vnet_lock import domain_xml
+    from vnet_lock.domain_document import read_identity
     from vnet_lock.front.libvirt_guest import read_owner
 
     # A definition may have changed since the start, even to a wrong one: what counts is in the claims.
-    _, uuid = domain_xml.read_identity(call.xml)
+    _, uuid = read_identity(call.xml)
     owner = read_owner(call.settings, call.guest, uuid, call.daemon_pid)
     if call.operation == "release":
         open_session(call.settings).release(owner)
@@ -223,7 +224,7 @@ def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> N
     A device that root has given to the user by VFIO is his to use, and is seen to be used by who claims.
     """
     from vnet_lock import domain_xml
-    from vnet_lock.model import Intent, Refusal
+    from vnet_lock.request import Intent, Refusal
 
     requests = domain_xml.read_guest(call.xml).requests
     for request in requests:

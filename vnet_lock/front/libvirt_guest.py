@@ -6,7 +6,8 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import Fixed, Inventory, Owner, OwnerKind, PciAddress, Process
+from vnet_lock.model import Inventory, Owner, OwnerKind, PciAddress, Process
+from vnet_lock.request import Fixed
 from vnet_lock.settings import Settings
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vnet_lock.claims import ClaimTable
-    from vnet_lock.model import Fixed, Owner, Request, UseKind
+    from vnet_lock.model import Owner, UseKind
+    from vnet_lock.request import Fixed, Request
     from vnet_lock.session import Grant
 
 
@@ -107,7 +108,7 @@ def _has(settings: Settings, owner: Owner, request: Fixed, *kinds: UseKind) -> b
     """Whether the guest's QEMU has the device: a VF by such evidence, or the port's macvtap on it."""
     from vnet_lock.kernel.kinship import Kinship
     from vnet_lock.kernel.observe import read_inventory
-    from vnet_lock.model import Form
+    from vnet_lock.request import Form
 
     pid = Kinship(settings).guest_pid(owner)
     if pid is None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from vnet_lock.audit import Audit, Finding
 from vnet_lock.journal import to_json
-from vnet_lock.model import Assignment, Claim, Intent, Plan, Refusal, Rejection, Request, Resource, User, Vf
+from vnet_lock.model import Claim, Resource, User, Vf
+from vnet_lock.request import Assignment, Intent, Plan, Refusal, Rejection, Request
 
 if TYPE_CHECKING:
     from vnet_lock.matrix import Verdict

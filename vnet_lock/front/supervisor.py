@@ -20,9 +20,10 @@ from vnet_lock.front.command import print_error
 from vnet_lock.front.program import ENDING, become
 from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.kernel.processes import read_boot_id, read_process, this_process
-from vnet_lock.model import Owner, OwnerKind, Process, Request
+from vnet_lock.model import Owner, OwnerKind, Process
 from vnet_lock.qemu_argv import QemuArgv
 from vnet_lock.qemu_rewrite import Dialect, rewrite
+from vnet_lock.request import Request
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import report, report_json
-from vnet_lock.model import (
-    Inventory,
-    Mode,
-    Owner,
-    OwnerKind,
-    PciAddress,
-    Pf,
-    Plan,
-    RefusalKind,
-    Request,
-    Resource,
-)
+from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, PciAddress, Pf, Resource
+from vnet_lock.request import Plan, RefusalKind, Request
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:

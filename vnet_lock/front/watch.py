@@ -23,7 +23,8 @@ from vnet_lock.front.command import print_error
 from vnet_lock.front.libvirt_client import DEFAULT_URI, Disconnected, Domain, Happened, Libvirt
 from vnet_lock.front.libvirt_guest import find_tokens, read_owner
 from vnet_lock.front.pool_ports import PoolPorts
-from vnet_lock.model import Fixed, Owner, PciAddress, Request
+from vnet_lock.model import Owner, PciAddress
+from vnet_lock.request import Fixed, Request
 from vnet_lock.settings import Settings
 
 _PROGRAM = "vnet-lock"

@@ -9,17 +9,7 @@ from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import Vanished
 from vnet_lock.kernel import rtnetlink, sysfs
 from vnet_lock.kernel.users import read_users
-from vnet_lock.model import (
-    Inventory,
-    Nic,
-    PciAddress,
-    Pf,
-    Resource,
-    UseKind,
-    User,
-    is_ifname,
-    parse_address,
-)
+from vnet_lock.model import Inventory, Nic, PciAddress, Pf, Resource, UseKind, User, is_ifname, parse_address
 from vnet_lock.settings import Settings
 
 T = TypeVar("T")

@@ -20,7 +20,8 @@ from typing import Protocol
 from vnet_lock.combination import Port
 from vnet_lock.dataclass import dataclass
 from vnet_lock.journal import Entry
-from vnet_lock.model import Assignment, Intent, Inventory, PciAddress, Resource
+from vnet_lock.model import Inventory, PciAddress, Resource
+from vnet_lock.request import Assignment, Intent
 from vnet_lock.settings import Settings
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vnet_lock.combination import Backend, Policy
-from vnet_lock.model import Intent, Mode, Nic, PciAddress
+from vnet_lock.model import Mode, Nic, PciAddress
 from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import open_macvlan, open_macvtap, random_mac
 from vnet_lock.ports.vlan import open_vlan, vlan_wanted, why_no_vlan
+from vnet_lock.request import Intent
 
 # What the kernel calls the mode of a macvlan of each policy.
 MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
