@@ -28,8 +28,8 @@ from vnet_lock.model import (
     UseKind,
     User,
     Wanted,
+    name_of,
 )
-from vnet_lock.planning import name_of
 from vnet_lock.rules import conflict, holder_text
 from vnet_lock.settings import Settings
 from vnet_lock.use import foreign_users

@@ -17,8 +17,7 @@ from vnet_lock.kernel import processes
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import host_lock, pf_lock
-from vnet_lock.model import Claim, Mode, Process, State, UseKind
-from vnet_lock.planning import name_of
+from vnet_lock.model import Claim, Mode, Process, State, UseKind, name_of
 from vnet_lock.settings import Settings
 from vnet_lock.undo import end_keeper, undo
 

@@ -16,8 +16,7 @@ from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.journal import Entry, SocketFile, share_key
 from vnet_lock.kernel import processes
 from vnet_lock.locks import host_lock
-from vnet_lock.model import Claim, Claims, Owner, Process, State
-from vnet_lock.planning import name_of
+from vnet_lock.model import Claim, Claims, Owner, Process, State, name_of
 from vnet_lock.ports import Share
 from vnet_lock.request import Assignment, Plan
 from vnet_lock.settings import Settings

@@ -109,6 +109,12 @@ class Resource:
         return self.text
 
 
+def name_of(resource: Resource) -> str:
+    """A resource as a person calls it: ``VF 0000:af:06.2``, ``device bond0``, ``address 192.0.2.7``."""
+    words = {ResourceKind.NIC: "device", ResourceKind.IP: "address"}
+    return f"{words.get(resource.kind) or resource.kind.upper()} {resource.name}"
+
+
 def is_ifname(text: str) -> bool:
     """Whether the kernel takes this as a device's name (dev_valid_name, net/core/dev.c)."""
     return 0 < len(text.encode()) < 16 and text not in (".", "..") and not re.search(r"[/:\s\0]", text)

@@ -13,9 +13,9 @@ from vnet_lock.kernel import programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Claims, Inventory, Owner, Resource
-from vnet_lock.planning import Situation
 from vnet_lock.request import Fixed, Intent, Request
 from vnet_lock.settings import Settings
+from vnet_lock.situation import Situation
 
 if TYPE_CHECKING:
     from vnet_lock.config import Config

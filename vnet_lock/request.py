@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import assert_never
 
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.dataclass import dataclass
+from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.model import PciAddress, Resource, Wanted
 
 
@@ -144,3 +146,24 @@ class Refusal:
     resource: Resource | None = None
     holder: str = ""
     rejected: tuple[Rejection, ...] = ()
+
+
+def error_of(refusal: Refusal) -> VnetLockError:
+    """A refusal as the error to raise, with a note for each candidate that was passed over."""
+    error = _error_of(refusal)
+    for rejection in refusal.rejected:
+        error.add_note(rejection.text)
+    return error
+
+
+def _error_of(refusal: Refusal) -> VnetLockError:
+    match refusal.kind:
+        case RefusalKind.HELD:
+            resource = refusal.resource.text if refusal.resource else ""
+            return Refused(refusal.message, resource=resource, holder=refusal.holder)
+        case RefusalKind.INVALID:
+            return BadInput(refusal.message)
+        case RefusalKind.IMPOSSIBLE:
+            return Unsupported(refusal.message)
+        case _ as never:
+            assert_never(never)

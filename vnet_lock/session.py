@@ -38,14 +38,16 @@ from vnet_lock.model import (
     State,
     UseKind,
     Wanted,
+    name_of,
 )
 from vnet_lock.neighbours import needs_vlans
 from vnet_lock.outlook import Outlook
-from vnet_lock.planning import error_of, function_wanted, name_of, nic_wanted, plan
+from vnet_lock.planning import plan
 from vnet_lock.ports import Job, Opened
-from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request
+from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request, error_of
 from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
+from vnet_lock.situation import function_wanted, nic_wanted
 
 T = TypeVar("T")
 

@@ -14,11 +14,12 @@ from vnet_lock.errors import Unsupported, VnetLockError
 from vnet_lock.journal import DhcpServer, NatTable, share_key
 from vnet_lock.kernel import nftables, programs
 from vnet_lock.model import Claims, Inventory, Nic
-from vnet_lock.planning import Situation, plan
+from vnet_lock.planning import plan
 from vnet_lock.ports import bridge, socket
 from vnet_lock.ports.nat import choose_subnet
 from vnet_lock.request import Intent, Plan, Refusal
 from vnet_lock.settings import Settings
+from vnet_lock.situation import Situation
 
 UP0 = Nic("up0", 5, "other", "52:54:00:00:00:05", 1500, up=True, addresses=("198.51.100.2", "2001:db8::2"))
 BR0 = Nic("br0", 6, "bridge", "52:54:00:00:00:06", 1500, up=True)

@@ -27,8 +27,9 @@ from vnet_lock.model import (
     User,
     Vf,
 )
-from vnet_lock.planning import Situation, plan
+from vnet_lock.planning import plan
 from vnet_lock.request import Fixed, Form, Intent, Plan, Refusal, RefusalKind, Request
+from vnet_lock.situation import Situation
 
 PF_A, PF_B = PciAddress.parse("0000:01:00.0"), PciAddress.parse("0000:02:00.0")
 

@@ -17,10 +17,10 @@ from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.kernel.modules import find_vfio_driver, lacks_vlans
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import PciAddress
-from vnet_lock.planning import function_wanted
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.function import require_group
 from vnet_lock.request import Assignment, Intent
+from vnet_lock.situation import function_wanted
 
 VF, PF = PciAddress.parse("01:10.0"), PciAddress.parse("01:00.0")
 CONNECTX6_VF = "pci:v000015B3d0000101Esv000015B3sd00000016bc02sc00i00"

@@ -27,8 +27,7 @@ from vnet_lock.front.libvirt_guest import read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
-from vnet_lock.model import Owner
-from vnet_lock.planning import name_of
+from vnet_lock.model import Owner, name_of
 from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.request import Fixed, Intent
 from vnet_lock.resolving import late_backends, name_link

@@ -235,7 +235,7 @@ def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> N
             )
     found = open_session(call.settings).plan(requests)
     if isinstance(found, Refusal):
-        from vnet_lock.planning import error_of
+        from vnet_lock.request import error_of
 
         raise error_of(found)
 

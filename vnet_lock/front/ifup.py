@@ -19,10 +19,10 @@ from vnet_lock.kernel.marks import read_mark
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.kernel.processes import read_holders
 from vnet_lock.kernel.sysfs import read_macvtap_rdev
-from vnet_lock.model import Mode
-from vnet_lock.planning import name_of, nic_wanted
+from vnet_lock.model import Mode, name_of
 from vnet_lock.rules import conflict, holder_text
 from vnet_lock.settings import DEFAULT, Settings
+from vnet_lock.situation import nic_wanted
 
 
 def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:

@@ -9,8 +9,7 @@ from vnet_lock.audit import Audit, Finding, ResourceState, Severity, Standing
 from vnet_lock.dataclass import dataclass
 from vnet_lock.front.report_json import asked_text
 from vnet_lock.journal import to_json
-from vnet_lock.model import Claim, Pf, Resource, ResourceKind, Vf
-from vnet_lock.planning import name_of
+from vnet_lock.model import Claim, Pf, Resource, ResourceKind, Vf, name_of
 from vnet_lock.request import Plan, Refusal, Rejection
 from vnet_lock.rules import since_text
 

@@ -14,8 +14,7 @@ from vnet_lock.errors import Unsupported
 from vnet_lock.kernel import sysfs
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Inventory, Owner
-from vnet_lock.planning import error_of
-from vnet_lock.request import Assignment, Intent, Plan, Refusal, Request
+from vnet_lock.request import Assignment, Intent, Plan, Refusal, Request, error_of
 from vnet_lock.resolving import full_form, full_intent, late_form
 from vnet_lock.settings import Settings
 

@@ -15,10 +15,9 @@ from vnet_lock.front.program import become, find_program
 from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.front.supervisor import PROGRAM, Guest, Lifecycle, run_guest
 from vnet_lock.model import PciAddress
-from vnet_lock.planning import error_of
 from vnet_lock.qemu_argv import QemuArgv, read_argv
 from vnet_lock.qemu_rewrite import rewrite
-from vnet_lock.request import Assignment, Intent, Plan, Refusal, Request
+from vnet_lock.request import Assignment, Intent, Plan, Refusal, Request, error_of
 from vnet_lock.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.journal import SharedLink
 from vnet_lock.kernel import programs
 from vnet_lock.model import Mode, Nic, Resource, Wanted, is_ifname
-from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened, Share
 from vnet_lock.ports.macvlan import find_nic
 from vnet_lock.ports.macvtap import link_name, random_mac
 from vnet_lock.ports.tap import make_tap
 from vnet_lock.request import Intent
+from vnet_lock.situation import Candidate, Situation, nic_wanted
 
 # What the name of a NAT bridge begins with; the uplink's ifindex follows, 0 for none in particular.
 NAT_NAME = "vlnat"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from vnet_lock.errors import Unsupported
-from vnet_lock.model import Inventory, PciAddress
-from vnet_lock.planning import name_of
+from vnet_lock.model import Inventory, PciAddress, name_of
 from vnet_lock.ports import Job
 
 # Drivers that VFIO bears in a group beside its own: they do no DMA (driver_managed_dma in the kernel).

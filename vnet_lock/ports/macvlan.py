@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.model import Mode, Nic, PciAddress
-from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import open_macvlan, open_macvtap, random_mac
 from vnet_lock.ports.vlan import open_vlan, vlan_wanted, why_no_vlan
 from vnet_lock.request import Intent
+from vnet_lock.situation import Candidate, Situation, nic_wanted
 
 # What the kernel calls the mode of a macvlan of each policy.
 MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}

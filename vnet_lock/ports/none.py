@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from vnet_lock.combination import Backend
-from vnet_lock.planning import Candidate, Situation
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.ports.routed import lead_to, uplinks
 from vnet_lock.ports.tap import make_tap
 from vnet_lock.request import Intent
+from vnet_lock.situation import Candidate, Situation
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:

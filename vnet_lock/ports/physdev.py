@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 from vnet_lock.combination import Backend
 from vnet_lock.errors import Vanished
-from vnet_lock.model import Mode, Nic, Pf, Wanted
-from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
+from vnet_lock.model import Mode, Nic, Pf, Wanted, name_of
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.function import bind_to_vfio, find_function, require_group, why_not
 from vnet_lock.ports.hardware import open_hardware
 from vnet_lock.request import Intent
+from vnet_lock.situation import Candidate, Situation, function_wanted
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:

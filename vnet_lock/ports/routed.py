@@ -13,11 +13,11 @@ from contextlib import suppress
 from vnet_lock.errors import Refused, Vanished
 from vnet_lock.journal import ProxyNeighbour
 from vnet_lock.model import Mode, Resource, Wanted
-from vnet_lock.planning import Candidate, Situation, nic_wanted
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvlan import find_nic
 from vnet_lock.request import Intent
 from vnet_lock.settings import Settings
+from vnet_lock.situation import Candidate, Situation, nic_wanted
 
 _GATEWAY_IPV4, _GATEWAY_IPV6 = "169.254.1.1", "fe80::1"
 # On the guest's link, {} is its name. With rp_filter 1 only the guest's own addresses come in, unless that of

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import Unsupported, Vanished, VnetLockError
-from vnet_lock.model import Inventory, Mode, Nic, PciAddress, Pf, Vf, Wanted
-from vnet_lock.planning import Candidate, Situation, function_wanted, name_of
+from vnet_lock.model import Inventory, Mode, Nic, PciAddress, Pf, Vf, Wanted, name_of
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.eswitch import hold_mode
 from vnet_lock.ports.function import bind_to_vfio, find_function, require_group, why_not
 from vnet_lock.ports.hardware import open_hardware
 from vnet_lock.ports.macvtap import open_macvtap, random_mac
 from vnet_lock.request import Intent
+from vnet_lock.situation import Candidate, Situation, function_wanted
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:

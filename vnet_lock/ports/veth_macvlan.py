@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from vnet_lock.combination import Backend
 from vnet_lock.journal import MadeLink
-from vnet_lock.planning import Candidate, Situation
 from vnet_lock.ports import Job, Opened
 from vnet_lock.ports.macvtap import ALIAS, link_name, open_macvlan, open_macvtap, random_mac
 from vnet_lock.ports.routed import disable_ipv6, lead_to, uplinks
 from vnet_lock.request import Intent
+from vnet_lock.situation import Candidate, Situation
 
 
 def candidates(intent: Intent, backend: Backend, situation: Situation) -> Iterator[Candidate]:

@@ -8,9 +8,9 @@ from vnet_lock.errors import Vanished
 from vnet_lock.journal import SharedLink
 from vnet_lock.kernel.marks import SHARED_PREFIX
 from vnet_lock.model import Inventory, Mode, Nic, Resource, Wanted
-from vnet_lock.planning import Situation, nic_wanted
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvtap import is_link_name, link_name
+from vnet_lock.situation import Situation, nic_wanted
 
 
 def vlan_name(lower: Nic, vlan: int) -> str:
