@@ -183,7 +183,7 @@ class Owner:
 
     ``process`` is the guest's process; for libvirt it is the daemon that is starting the guest, None once the
     guest has ended and libvirt's status file tells the rest. ``pid_file`` is libvirt's own, whose lock the
-    guest's QEMU holds for its life.
+    guest's QEMU holds for its life, of a guest that libvirt runs, by its daemon or within vnet-qemu.
     """
 
     kind: OwnerKind

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.host import VNET_LOCK, VNET_QEMU, Host, eventually, started
+from vnet_lock.kernel import processes
 
 GUEST = """\
 <domain type='qemu'>
@@ -54,6 +55,11 @@ def guest(host: Host, tmp_path: Path) -> Iterator[Path]:
 def qemu_pid() -> int | None:
     text = PID_FILE.read_text().strip() if PID_FILE.exists() else ""
     return int(text) if text else None
+
+
+def holder() -> int | None:
+    """Who has the lock on libvirt's pid file."""
+    return processes.read_lock_holder(str(PID_FILE))
 
 
 def runs(host: Host) -> bool:
@@ -103,6 +109,26 @@ def test_a_guest_outlives_its_wrapper_and_is_never_started_twice(host: Host, gue
         assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.communicate()
+    assert host.claims() == []
+
+
+def test_a_wrapper_that_is_killed_while_libvirt_starts_its_guest_takes_nothing_from_it(
+    host: Host, guest: Path
+) -> None:
+    with started([VNET_QEMU, str(guest)]) as process:
+        eventually(lambda: holder() is not None, 90)
+        process.kill()
+        process.wait()
+    pid = holder()
+    # libvirt waits for QEMU's first word long after it has the lock.
+    assert pid, "libvirt was quicker than the test"
+    assert {claim["owner"]["process"]["pid"] for claim in host.claims()} == {process.pid}
+    assert subprocess.check_output([VNET_LOCK, "gc"], text=True) == "nothing is stale\n"
+    assert f"(pid {pid})" in subprocess.check_output([VNET_LOCK, "show", "ip:192.0.2.7"], text=True)
+    assert "alone-net2" in host.links()
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: holder() is None)
+    assert "healed" in subprocess.check_output([VNET_LOCK, "gc"], text=True)
     assert host.claims() == []
 
 

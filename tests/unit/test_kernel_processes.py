@@ -88,11 +88,14 @@ input()
 """
 
 
-def test_a_libvirt_guest_lives_while_its_pid_file_is_locked_or_its_daemon_is_there(tmp_path: Path):
+@pytest.mark.parametrize("kind", [OwnerKind.LIBVIRT, OwnerKind.QEMU])
+def test_a_libvirt_guest_lives_while_its_pid_file_is_locked_or_who_starts_it_is_there(
+    tmp_path: Path, kind: OwnerKind
+):
     path = str(tmp_path / "web1.pid")
     boot = processes.read_boot_id(DEFAULT)
     dead = Process(os.getpid(), 1)
-    owner = Owner(OwnerKind.LIBVIRT, "web1", boot, uuid="u", process=dead, pid_file=path)
+    owner = Owner(kind, "web1", boot, uuid="u", process=dead, pid_file=path)
     assert processes.read_lock_holder(path) is None
     assert not processes.is_owner_alive(DEFAULT, owner)
     command = [sys.executable, "-c", LOCKER, path]
@@ -104,9 +107,7 @@ def test_a_libvirt_guest_lives_while_its_pid_file_is_locked_or_its_daemon_is_the
         child.kill()
     assert processes.read_lock_holder(path) is None
     assert not processes.is_owner_alive(DEFAULT, owner)
-    alive = Owner(
-        OwnerKind.LIBVIRT, "web1", boot, uuid="u", process=processes.this_process(DEFAULT), pid_file=path
-    )
+    alive = Owner(kind, "web1", boot, uuid="u", process=processes.this_process(DEFAULT), pid_file=path)
     assert processes.is_owner_alive(DEFAULT, alive)
 
 

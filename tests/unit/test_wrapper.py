@@ -18,9 +18,10 @@ import pytest
 
 from tests.unit import fake_vnet_qemu
 from tests.unit.fake_vnet_qemu import assignment
+from vnet_lock.combination import Policy
 from vnet_lock.errors import BadInput, Refused, Unsupported
 from vnet_lock.front import wrapper
-from vnet_lock.model import PciAddress, Policy, Resource
+from vnet_lock.model import PciAddress, Resource
 from vnet_lock.request import Intent, Plan, Refusal, RefusalKind
 from vnet_lock.settings import DEFAULT
 

@@ -1,8 +1,8 @@
 """vnet-qemu GUEST.xml: a libvirt guest without libvirt's daemon, by the driver that libvirt has to embed.
 
 No hook runs there (qemu:///embed calls none), so all that the guest wants is claimed and made here, before
-libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own, and once it runs the
-claims are QEMU's: kill -9 of this process takes nothing from the guest.
+libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own, by whose lock on its
+pid file the claims live, too: kill -9 of this process takes nothing from the guest, while it starts or later.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     name, _ = read_identity(xml)
     root = f"{settings.lib}/embed/{name}"
     me = processes.this_process(settings)
-    owner = Owner(OwnerKind.QEMU, name, processes.read_boot_id(settings), process=me)
+    owner = Owner(
+        OwnerKind.QEMU, name, processes.read_boot_id(settings), process=me, pid_file=_pid_file(root, name)
+    )
     session = Session(settings)
     if print_only:
         sys.stdout.buffer.write(_resolve(session, xml, owner))
@@ -55,6 +57,8 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     for number in ENDING:
         signal.signal(number, lambda number, _: ended.append(number))
     _require_alone(root, name)
+    # With the pid file locked again, what an earlier start has left would count as a guest's.
+    session.heal()
     owners = [owner]
     with _open(settings, root) as libvirt:
         try:

@@ -21,7 +21,7 @@ from vnet_lock.front.command import print_error
 from vnet_lock.kernel import inotify
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.processes import is_alive, read_command, read_lock_holder, read_process
-from vnet_lock.model import Claim, Process
+from vnet_lock.model import Claim, OwnerKind, Process
 from vnet_lock.settings import Settings
 
 _PROGRAM = "vnet-lock"
@@ -120,7 +120,7 @@ class _Reaper:
             pid = read_lock_holder(owner.pid_file)
             if pid is not None and pid > 0:
                 return read_process(self._settings, pid)
-        return None
+        return None if owner.kind is OwnerKind.LIBVIRT else owner.process
 
     def _wait_for(self, wanted: set[Process]) -> None:
         for process in self._waited.keys() - wanted:

@@ -29,10 +29,16 @@ class Kinship:
 
     def guest_pid(self, owner: Owner) -> int | None:
         """The pid of the guest itself: of a libvirt guest its QEMU, None while it has none."""
-        if owner.kind is not OwnerKind.LIBVIRT:
-            return owner.process.pid if owner.process else None
+        pid = self._qemu_pid(owner)
+        if pid is None and owner.kind is not OwnerKind.LIBVIRT and owner.process:
+            pid = owner.process.pid
+        return pid
+
+    def _qemu_pid(self, owner: Owner) -> int | None:
+        if owner.pid_file is None:
+            return None
         if owner not in self._guests:
-            self._guests[owner] = _read_qemu(owner)
+            self._guests[owner] = _read_qemu(owner.pid_file)
         return self._guests[owner]
 
     def _root_pids(self, owner: Owner) -> tuple[int | None, int | None]:
@@ -47,16 +53,16 @@ class Kinship:
         process = None
         if owner.process is not None and is_alive(self._settings, owner.process):
             process = owner.process.pid
-        if owner.kind is OwnerKind.LIBVIRT:
+        if owner.kind is OwnerKind.LIBVIRT or owner.pid_file is not None:
             # What the daemon started may be another guest's.
-            return process, self.guest_pid(owner)
+            return process, self._qemu_pid(owner)
         return None, process
 
 
-def _read_qemu(owner: Owner) -> int | None:
+def _read_qemu(pid_file: str) -> int | None:
     """Who holds the lock on libvirt's pid file; None where nobody does, or we may not look."""
     try:
-        pid = read_lock_holder(owner.pid_file) if owner.pid_file else None
+        pid = read_lock_holder(pid_file)
     except OSError:
         return None
     # 0 and -1 tell that it is held, but not by whom.

@@ -77,17 +77,20 @@ def is_owner_alive(settings: Settings, owner: Owner) -> bool:
     deleted the devices, just before it calls `release` (qemuProcessLaunch, qemuProcessStop in libvirt's
     qemu_process.c). What a daemon was killed in the middle of, the next one does (qemuProcessReconnect).
 
-    A missing file proves nothing by itself, as a guest that is being started has none: it counts as alive as
-    long as the daemon that starts it is there. The owner has no process where `stopped` has seen the file.
+    A guest of the driver that libvirt embeds in vnet-qemu lives while that lock is held, or vnet-qemu lives.
+    Elsewhere a missing file proves nothing by itself, as a guest that is being started has none: it counts
+    as alive as long as the daemon that starts it is there. The owner has no process where `stopped` has seen
+    the file.
     """
     if owner.boot_id != read_boot_id(settings):
         return False
-    if owner.kind is OwnerKind.LIBVIRT and owner.pid_file is not None:
+    if owner.pid_file is not None:
         try:
             if read_lock_holder(owner.pid_file) is not None:
                 return True
         except OSError:
             return True
+    if owner.kind is OwnerKind.LIBVIRT and owner.pid_file is not None:
         has_status_file = _is_there(owner.pid_file.removesuffix(".pid") + ".xml")
         if has_status_file or owner.process is None:
             return has_status_file is not False
