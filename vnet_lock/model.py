@@ -203,9 +203,10 @@ class Owner:
 
     @property
     def text(self) -> str:
-        """In words: ``guest "web1"``, ``qemu "vm2" (pid 77)``."""
+        """In words: ``guest "web1"``, ``qemu "vm2" (pid 77)``; without a pid that is in its pid file."""
         noun = "guest" if self.kind is OwnerKind.LIBVIRT else str(self.kind)
-        pid = f" (pid {self.process.pid})" if self.process and self.kind is not OwnerKind.LIBVIRT else ""
+        process = None if self.kind is OwnerKind.LIBVIRT or self.pid_file else self.process
+        pid = f" (pid {process.pid})" if process else ""
         return f'{noun} "{self.name}"{pid}'
 
 

@@ -58,8 +58,9 @@ def qemu_pid() -> int | None:
 
 
 def holder() -> int | None:
-    """Who has the lock on libvirt's pid file."""
-    return processes.read_lock_holder(str(PID_FILE))
+    """The QEMU that has the lock on libvirt's pid file; not libvirt's child that is to become it."""
+    pid = processes.read_lock_holder(str(PID_FILE))
+    return pid if pid and "qemu-system" in os.readlink(f"/proc/{pid}/exe") else None
 
 
 def runs(host: Host) -> bool:

@@ -744,6 +744,7 @@ import json, os, signal, sys
 from vnet_lock.errors import Refused
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.model import *
+from vnet_lock.request import Fixed, Form, Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 settings = Settings.under(sys.argv[1])
