@@ -15,7 +15,7 @@ from vnet_lock.backends import Connection
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.dataclass import dataclass, replace
-from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.errors import Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
 from vnet_lock.holding import Holding
 from vnet_lock.journal import Datapath, Entry, EswitchMode, Keeper, LibvirtMacvtap
@@ -29,16 +29,12 @@ from vnet_lock.model import (
     Inventory,
     Mode,
     Owner,
-    OwnerKind,
     PciAddress,
     Process,
     Reservation,
-    Resource,
-    ResourceKind,
     State,
     UseKind,
     Wanted,
-    name_of,
 )
 from vnet_lock.neighbours import needs_vlans
 from vnet_lock.outlook import Outlook
@@ -47,7 +43,6 @@ from vnet_lock.ports import Job, Opened
 from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request, error_of
 from vnet_lock.rules import Tenancy
 from vnet_lock.settings import DEFAULT, Settings
-from vnet_lock.situation import function_wanted, nic_wanted
 
 T = TypeVar("T")
 
@@ -263,7 +258,7 @@ class Session:
             for assignment in found.assignments:
                 # Shares are counted: each interface gives its own back.
                 own = (one for one in held if one.mode is Mode.EXCLUSIVE or _is_for(one, assignment.request))
-                missing = _missing(assignment.wanted, own)
+                missing = uncovered(assignment.wanted, own)
                 made = self._holding.claims_for(owner, replace(assignment, wanted=missing), State.ACTIVE)
                 journal = _left_by_libvirt(assignment)
                 added += [replace(claim, journal=journal) for claim in made[:1]] + made[1:]
@@ -272,28 +267,6 @@ class Session:
 
         _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT, running=running)
         return [claim.resource.text for claim in added]
-
-    def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
-        """Claim a resource for a process that uses it in its own way; nothing is changed or journalled."""
-        self.heal()
-        inventory = read_inventory(self.settings, [resource.name], vlans=True)
-        wanted = _wanted_for(inventory, resource, mode)
-        request = Fixed(interface, resource.pci or resource.name, Form.HOSTDEV)
-        situation = self._outlook.situation(inventory, owner)
-        with self.table.guarded() as writer:
-            claims = writer.read()
-            obstacle = replace(situation, claims=claims).obstacle(wanted)
-            if obstacle:
-                raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
-            held = claims.of(owner)
-            missing = _missing(wanted, held)
-            added = self._holding.claims_for(owner, Assignment(request, None, missing), State.ACTIVE)
-            writer.add(added)
-        return next(
-            claim
-            for claim in (*added, *held)
-            if claim.resource == wanted[0].resource and wanted[0].mode in (claim.mode, Mode.SHARED)
-        )
 
     def hand_over(self, old: Owner, new: Owner) -> None:
         """The same claims, held by another owner from now on (a QEMU that became a daemon).
@@ -330,40 +303,6 @@ class Session:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
         self._back.give_all(grant.token for grant in grants)
 
-    def release_resource(self, resource: Resource, force: bool = False) -> bool:
-        """Give back what is claimed on a resource; False where nothing is.
-
-        The claim of a guest that may still live takes ``force``; while the kernel shows that somebody
-        uses the device, not even that is enough.
-        """
-        claims = self.table.read()
-        inventory = read_inventory(self.settings, [resource.name])
-        nic = inventory.nic_named(resource.name)
-        if nic is not None and not claims.on(resource):
-            resource = inventory.resource_of(nic)  # as claim() does
-        situation = replace(self._outlook.situation(inventory), claims=claims)
-        for record in claims.damaged:
-            if record.resource == resource:
-                obstacle = situation.obstacle(_wanted_for(inventory, resource, Mode.EXCLUSIVE))
-                raise Refused(obstacle.message if obstacle else record.reason, resource=resource.text)
-        failures: list[str] = []
-        stale = Liveness(self.settings).stale(claims)
-        for claim in claims.on(resource):
-            by_hand = claim.owner.kind is OwnerKind.PROCESS
-            if not force and not by_hand and claim.token not in stale:
-                obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
-                message = (
-                    obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
-                )
-                raise Refused(f"{message}; stop the guest first, or add --force", resource=resource.text)
-            in_use = self._back.wait_until_free((claim,), 0)
-            if in_use:
-                raise Refused("; ".join(in_use), resource=resource.text)
-            failures += self._back.give(claim.token)
-        if failures:
-            raise VnetLockError("; ".join(failures))
-        return bool(claims.on(resource))
-
     def heal(self, dry_run: bool = False) -> list[Healed]:
         """Undo and drop the claims whose owner is proven dead, and those left half given back."""
         stale = Liveness(self.settings).stale(self.table.read())
@@ -373,46 +312,6 @@ class Session:
             with self.table.guarded():
                 pass  # taking the guard removes it
         return [Healed(claims, tuple(self._back.heal(token))) for token, claims in stale.items()]
-
-    def set_numvfs(self, pf: PciAddress, count: int) -> None:
-        """Change the number of a PF's VFs; Refused while one of them, or the PF as a whole, is in use.
-
-        The VFs that there are stay claimed while it happens, so that none is given out under it.
-        """
-        from vnet_lock.kernel import pci
-
-        self.heal()
-        inventory = read_inventory(self.settings, [pf.text])
-        found = inventory.pf_at(pf)
-        if found is None:
-            raise BadInput(f"there is no PF at {pf}; see: vnet-lock status")
-        if not 0 <= count <= found.totalvfs:
-            raise BadInput(f"PF {pf} can have 0 to {found.totalvfs} VFs, not {count}")
-        if count == found.numvfs:
-            return
-        owner = Owner(
-            OwnerKind.PROCESS, "vnet-lock vfs", processes.read_boot_id(self.settings), process=self._me
-        )
-        wanted = [Wanted(vf.resource, Mode.EXCLUSIVE, pf) for vf in found.vfs]
-        situation = self._outlook.situation(inventory, owner)
-        with self.table.guarded() as writer:
-            situation = replace(situation, claims=writer.read())
-            obstacle = situation.obstacle(wanted or [Wanted(found.resource, Mode.SHARED)])
-            if obstacle:
-                raise Refused(obstacle.message, resource=obstacle.resource.text, holder=obstacle.holder)
-            request = Fixed("vfs", pf, Form.HOSTDEV)
-            added = self._holding.claims_for(owner, Assignment(request, None, tuple(wanted)), State.ACTIVE)
-            writer.add(added)
-        try:
-            with pf_lock(self.settings, pf):
-                # Where there were no VFs, no claim kept another from making some, and from giving them away.
-                if pci.read_numvfs(self.settings, pf) != len(found.vfs):
-                    raise Refused(f"the VFs of PF {pf} are being changed by another; see: vnet-lock status")
-                pci.set_numvfs(self.settings, pf, count)
-        finally:
-            with self.table.guarded() as writer:
-                for claim in added:
-                    writer.drop(claim)
 
     # --- the steps ----------------------------------------------------------------------------
 
@@ -573,25 +472,7 @@ def _is_for(claim: Claim, request: Request) -> bool:
     return claim.interface == request.interface or (claim.mac is not None and claim.mac == request.mac)
 
 
-def _missing(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:
+def uncovered(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:
     """What of it no claim covers: an exclusive one covers a share, too."""
     covered = {(claim.resource, mode) for claim in held for mode in (claim.mode, Mode.SHARED)}
     return tuple(item for item in wanted if (item.resource, item.mode) not in covered)
-
-
-def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[Wanted, ...]:
-    """The claims that using a resource takes; BadInput where there is no such device."""
-    pci = resource.pci
-    if resource.kind is ResourceKind.IP:
-        return (Wanted(resource, mode),)
-    if pci is None:
-        nic = inventory.nic_named(resource.name)
-        if nic is None:
-            raise BadInput(f"there is no network device {resource.name!r}; see: ip link")
-        return nic_wanted(inventory, nic, mode)
-    is_vf = resource.kind is ResourceKind.VF
-    if (inventory.vf_at(pci) if is_vf else inventory.pf_at(pci)) is None:
-        raise BadInput(f"there is no {resource.kind.upper()} at {pci}; see: vnet-lock status")
-    if mode is Mode.SHARED and not is_vf:
-        return (Wanted(resource, mode),)
-    return function_wanted(inventory, pci)

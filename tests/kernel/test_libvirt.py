@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.kernel.conftest import need
+from vnet_lock.administration import Administration
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import companion
 from vnet_lock.front.libvirt_guest import address_words, read_owner
 from vnet_lock.kernel.processes import is_alive
 from vnet_lock.model import Mode, PciAddress, Process, Resource
-from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def test_a_companion_waits_until_the_guest_runs_whatever_the_daemon_does(daemon:
     uuid = must("domuuid", "g").strip()
     must("destroy", "g")
     owner = read_owner(DEFAULT, "g", uuid)
-    session = Session(DEFAULT)
+    session = Administration(DEFAULT)
     told = daemon.directory / "told"
 
     def finish(domain: Domain) -> None:
@@ -328,7 +328,7 @@ def test_a_companion_ends_with_the_claim_that_it_is_for(daemon: Daemon) -> None:
     daemon.guest("g")
     owner = read_owner(DEFAULT, "g", must("domuuid", "g").strip())
     must("destroy", "g")
-    session = Session(DEFAULT)
+    session = Administration(DEFAULT)
     token = session.claim(owner, Resource.ip("192.0.2.1"), Mode.EXCLUSIVE).token
     companion.start(DEFAULT, owner, token, lambda _: None)
     (entry,) = entries()

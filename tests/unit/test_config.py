@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_host import VFIO, FakeHost
+from vnet_lock.administration import Administration
 from vnet_lock.audit import Severity, Standing, audit
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Backend, Policy, Port
@@ -342,7 +343,7 @@ def test_what_libvirt_chose_for_a_guest_is_refused_at_its_start_and_claimed_once
 def test_the_hosts_own_programs_may_claim_what_is_left_to_it(host: FakeHost) -> None:
     write(host, "[host.vfs]\nenp1 = '0'")
     owner = host.owner(GUEST, "dpdk", OwnerKind.PROCESS)
-    Session(host.settings).claim(owner, Resource.vf(host.vfs[0]), Mode.EXCLUSIVE)
+    Administration(host.settings).claim(owner, Resource.vf(host.vfs[0]), Mode.EXCLUSIVE)
     found = audit(host.settings, read_inventory(host.settings), ClaimTable(host.settings).read())
     assert found.state_of(Resource.vf(host.vfs[0])).standing is Standing.ACTIVE
     assert found.findings == ()

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_host import BOOT_ID, VFIO, FakeHost, routing_id
+from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import BadInput, Refused, VnetLockError
@@ -50,8 +51,8 @@ def host(tmp_path: Path) -> FakeHost:
 
 
 @pytest.fixture
-def session(host: FakeHost) -> Session:
-    return Session(host.settings)
+def session(host: FakeHost) -> Administration:
+    return Administration(host.settings)
 
 
 def qemu(pid: int) -> Owner:
@@ -212,7 +213,7 @@ BREAKS = ["cut short", "empty", "writable by others"] + (["of another user"] if 
 
 @pytest.mark.parametrize("how", BREAKS)
 def test_a_record_that_cannot_be_trusted_holds_its_vf_and_the_refusal_names_it(
-    host: FakeHost, session: Session, how: str
+    host: FakeHost, session: Administration, how: str
 ) -> None:
     put(host, host.vfs[0], qemu(999))  # even of a dead owner
     path = break_record(host, how)
@@ -385,7 +386,7 @@ def test_a_release_that_fails_for_one_device_still_gives_back_the_others(
 
 
 def test_a_pf_that_is_busy_for_too_long_fails_its_vfs_release_only(host: FakeHost) -> None:
-    session = Session(replace(host.settings, pf_wait_s=0.1))
+    session = Administration(replace(host.settings, pf_wait_s=0.1))
     (other,) = host.add_pf("0000:02:00.0", "eth1", [VFIO])
     put(host, host.vfs[0], qemu(WEB))
     put(host, other, qemu(WEB), pf=PciAddress.parse("0000:02:00.0"), token=TOKEN[::-1])
@@ -600,7 +601,9 @@ def person(pid: int) -> Owner:
     return Owner(OwnerKind.PROCESS, "tool", BOOT_ID, process=Process(pid, 4242))
 
 
-def test_a_claim_by_hand_is_had_once_and_given_back_without_force(host: FakeHost, session: Session) -> None:
+def test_a_claim_by_hand_is_had_once_and_given_back_without_force(
+    host: FakeHost, session: Administration
+) -> None:
     vf = Resource.vf(host.vfs[0])
     first = session.claim(person(WEB), vf, Mode.EXCLUSIVE)
     assert session.claim(person(WEB), vf, Mode.EXCLUSIVE) == first
@@ -612,7 +615,7 @@ def test_a_claim_by_hand_is_had_once_and_given_back_without_force(host: FakeHost
 
 
 def test_a_share_of_a_pf_becomes_the_whole_pf_if_nobody_else_has_a_share(
-    host: FakeHost, session: Session
+    host: FakeHost, session: Administration
 ) -> None:
     pf = Resource.pf(PF)
     session.claim(person(WEB), pf, Mode.SHARED)
@@ -627,7 +630,7 @@ def test_a_share_of_a_pf_becomes_the_whole_pf_if_nobody_else_has_a_share(
 
 
 def test_a_claim_by_a_devices_name_is_had_and_given_back_by_that_name(
-    host: FakeHost, session: Session
+    host: FakeHost, session: Administration
 ) -> None:
     nic = Resource.nic("lo")
     made = session.claim(person(WEB), nic, Mode.SHARED)
@@ -637,7 +640,7 @@ def test_a_claim_by_a_devices_name_is_had_and_given_back_by_that_name(
     assert held(host) == {}
 
 
-def test_a_living_guests_claim_takes_force(host: FakeHost, session: Session) -> None:
+def test_a_living_guests_claim_takes_force(host: FakeHost, session: Administration) -> None:
     session.acquire(qemu(WEB), [hostdev(host.vfs[0])])
     with pytest.raises(Refused, match=r"vm50.*--force"):
         session.release_resource(Resource.vf(host.vfs[0]))
@@ -645,13 +648,13 @@ def test_a_living_guests_claim_takes_force(host: FakeHost, session: Session) -> 
     assert held(host) == {}
 
 
-def test_a_dead_guests_claim_takes_no_force(host: FakeHost, session: Session) -> None:
+def test_a_dead_guests_claim_takes_no_force(host: FakeHost, session: Administration) -> None:
     put(host, host.vfs[0], qemu(999))
     assert session.release_resource(Resource.vf(host.vfs[0]))
     assert held(host) == {}
 
 
-def test_a_device_in_use_is_not_released_even_by_force(host: FakeHost, session: Session) -> None:
+def test_a_device_in_use_is_not_released_even_by_force(host: FakeHost, session: Administration) -> None:
     session.acquire(qemu(WEB), [hostdev(host.vfs[0])])
     host.open_vfio(WEB, host.vfs[0])
     with pytest.raises(Refused, match="pid 50") as caught:
@@ -661,7 +664,9 @@ def test_a_device_in_use_is_not_released_even_by_force(host: FakeHost, session: 
     assert claim.state is State.ACTIVE
 
 
-def test_a_release_by_hand_that_the_kernel_fails_is_no_refusal(host: FakeHost, session: Session) -> None:
+def test_a_release_by_hand_that_the_kernel_fails_is_no_refusal(
+    host: FakeHost, session: Administration
+) -> None:
     vf = host.vfs[0]
     put(host, vf, person(WEB), journal=(Driver(vf.text, "gone-driver"),))
     with pytest.raises(VnetLockError, match="gone-driver") as caught:
@@ -689,20 +694,24 @@ def numvfs(host: FakeHost) -> int:
     return int(Path(host.settings.sys, "bus/pci/devices", PF.text, "sriov_numvfs").read_text())
 
 
-def test_the_number_of_vfs_changes_where_nobody_uses_one(host: FakeHost, session: Session) -> None:
+def test_the_number_of_vfs_changes_where_nobody_uses_one(host: FakeHost, session: Administration) -> None:
     session.set_numvfs(PF, 5)
     assert numvfs(host) == 5
     assert held(host) == {}
 
 
-def test_a_share_of_the_pf_is_no_obstacle_to_changing_its_vfs(host: FakeHost, session: Session) -> None:
+def test_a_share_of_the_pf_is_no_obstacle_to_changing_its_vfs(
+    host: FakeHost, session: Administration
+) -> None:
     session.claim(person(WEB), Resource.pf(PF), Mode.SHARED)
     session.set_numvfs(PF, 5)
     assert numvfs(host) == 5
 
 
 @pytest.mark.parametrize("case", ["claimed", "in use", "damaged", "whole PF"])
-def test_the_number_of_vfs_stays_where_one_is_in_use(host: FakeHost, session: Session, case: str) -> None:
+def test_the_number_of_vfs_stays_where_one_is_in_use(
+    host: FakeHost, session: Administration, case: str
+) -> None:
     if case == "claimed":
         put(host, host.vfs[2], qemu(WEB))
     elif case == "in use":
@@ -719,12 +728,12 @@ def test_the_number_of_vfs_stays_where_one_is_in_use(host: FakeHost, session: Se
 
 
 @pytest.mark.parametrize("count", [-1, 8, 10**30])
-def test_a_number_of_vfs_that_the_pf_cannot_have_is_bad_input(session: Session, count: int) -> None:
+def test_a_number_of_vfs_that_the_pf_cannot_have_is_bad_input(session: Administration, count: int) -> None:
     with pytest.raises(BadInput, match="0 to 7"):
         session.set_numvfs(PF, count)
 
 
-def test_vfs_that_another_made_meanwhile_are_not_destroyed(host: FakeHost, session: Session) -> None:
+def test_vfs_that_another_made_meanwhile_are_not_destroyed(host: FakeHost, session: Administration) -> None:
     host.add_pf("0000:02:00.0", "eth1")
     empty = PciAddress.parse("0000:02:00.0")
     path = host.settings.pf_lock_path(empty.text)
@@ -746,6 +755,7 @@ from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.model import *
 from vnet_lock.request import Fixed, Form, Intent
 from vnet_lock.session import Session
+from vnet_lock.administration import Administration
 from vnet_lock.settings import Settings
 settings = Settings.under(sys.argv[1])
 session = Session(settings)

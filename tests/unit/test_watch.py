@@ -9,6 +9,7 @@ import pytest
 from tests.fake_host import FakeHost
 from tests.unit.test_hook import UUIDS, VF0, VF1, guest
 from tests.unit.test_network_hook import host, plug_of, told_of
+from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput
 from vnet_lock.front.libvirt_client import Event, Happened
@@ -180,7 +181,7 @@ def test_a_late_interface_that_is_unplugged_gives_its_claims_back(host: FakeHost
 def test_a_conflict_is_said_once_and_claimed_when_it_ends(
     host: FakeHost, watch: Watch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    session = Session(host.settings)
+    session = Administration(host.settings)
     other = read_owner(host.settings, "b", UUIDS["b"])
     claim = session.claim(other, Resource.parse(f"vf:{VF0}"), Mode.EXCLUSIVE)
     one = Guest("a", guest("a", VF0))
@@ -229,7 +230,7 @@ def test_the_end_of_a_guest_is_left_to_its_hook(host: FakeHost, watch: Watch) ->
 def test_what_others_hold_is_kept_out_of_libvirts_choice_as_long_as_they_do(
     host: FakeHost, watch: Watch
 ) -> None:
-    session = Session(host.settings)
+    session = Administration(host.settings)
     other = read_owner(host.settings, "b", UUIDS["b"])
     network = Network((VF0, VF1))
     libvirt = Libvirt([], watch=watch, networks=[network])

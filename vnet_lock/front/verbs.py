@@ -95,24 +95,26 @@ def matrix(settings: Settings, args: Namespace) -> int:
 
 def claim(settings: Settings, args: Namespace) -> int:
     """Claim for another process."""
+    from vnet_lock.administration import Administration
     from vnet_lock.kernel.processes import read_boot_id, read_command, read_process
-    from vnet_lock.session import Session
 
     process = read_process(settings, args.pid)
     if process is None:
         raise BadInput(f"there is no process {args.pid}; --pid is the process that uses {args.resource}")
     name = args.name or read_command(settings, args.pid) or "process"
     owner = Owner(OwnerKind.PROCESS, name, read_boot_id(settings), process=process)
-    made = Session(settings).claim(owner, args.resource, Mode.SHARED if args.shared else Mode.EXCLUSIVE)
+    made = Administration(settings).claim(
+        owner, args.resource, Mode.SHARED if args.shared else Mode.EXCLUSIVE
+    )
     print(f"{made.resource} is claimed ({made.mode}) for {made.owner.text} while it lives")
     return 0
 
 
 def release(settings: Settings, args: Namespace) -> int:
     """Give back by hand."""
-    from vnet_lock.session import Session
+    from vnet_lock.administration import Administration
 
-    done = Session(settings).release_resource(args.resource, args.force)
+    done = Administration(settings).release_resource(args.resource, args.force)
     print(f"{args.resource} is released" if done else f"nothing is claimed on {args.resource}")
     return 0
 
@@ -194,9 +196,9 @@ def vfs(settings: Settings, args: Namespace) -> int:
     """Show or change the number of VFs."""
     pf = _find_pf(_look(settings, [args.pf]).inventory, args.pf)
     if args.count is not None:
-        from vnet_lock.session import Session
+        from vnet_lock.administration import Administration
 
-        Session(settings).set_numvfs(pf.pci, args.count)
+        Administration(settings).set_numvfs(pf.pci, args.count)
     found = _look(settings, [args.pf])
     print(report.vfs_text(found, _find_pf(found.inventory, args.pf), _style(sys.stdout)))
     return 0
