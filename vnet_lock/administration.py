@@ -22,7 +22,8 @@ from vnet_lock.model import (
     name_of,
 )
 from vnet_lock.request import Assignment, Fixed, Form
-from vnet_lock.session import Session, uncovered
+from vnet_lock.rules import uncovered
+from vnet_lock.session import Session
 from vnet_lock.situation import function_wanted, nic_wanted
 
 
@@ -70,8 +71,8 @@ class Administration(Session):
         failures: list[str] = []
         stale = Liveness(self.settings).stale(claims)
         for claim in claims.on(resource):
-            by_hand = claim.owner.kind is OwnerKind.PROCESS
-            if not force and not by_hand and claim.token not in stale:
+            by_hand, is_stale = claim.owner.kind is OwnerKind.PROCESS, claim.token in stale
+            if not force and not by_hand and not is_stale:
                 obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
                 message = (
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
@@ -80,7 +81,7 @@ class Administration(Session):
             in_use = self._back.wait_until_free((claim,), 0)
             if in_use:
                 raise Refused("; ".join(in_use), resource=resource.text)
-            failures += self._back.give(claim.token)
+            failures += self._back.heal(claim.token) if is_stale else self._back.give(claim.token)
         if failures:
             raise VnetLockError("; ".join(failures))
         return bool(claims.on(resource))

@@ -53,6 +53,11 @@ def read_wishes(xml: bytes) -> tuple[Guest, tuple[Wish, ...]]:
     return _guest(root, tuple(one for one in _opened(root, wishes) if one.interface not in asked)), wishes
 
 
+def read_opened_for(xml: bytes, wishes: tuple[Wish, ...]) -> tuple[Fixed, ...]:
+    """What libvirt itself opens for a guest whose interfaces were written anew for these wishes."""
+    return _opened(parse(xml), wishes)
+
+
 def read_fixed(root: Element) -> Guest:
     """What libvirt itself opens for the guest of a <domain>, whatever its metadata asks for."""
     return _guest(root, read_opened(root, {}))

@@ -182,8 +182,8 @@ class Owner:
     """The thing that lives as long as the guest, never the hook or the helper.
 
     ``process`` is the guest's process; for libvirt it is the daemon that is starting the guest, None once the
-    guest has ended and libvirt's status file tells the rest. ``pid_file`` is libvirt's own, whose lock the
-    guest's QEMU holds for its life, of a guest that libvirt runs, by its daemon or within vnet-qemu.
+    guest has ended and libvirt's status file tells the rest, and where there is no daemon it is vnet-qemu.
+    ``pid_file`` is libvirt's own, whose lock the QEMU that it runs for the guest holds for its life.
     """
 
     kind: OwnerKind

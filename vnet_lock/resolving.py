@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.dataclass import replace
+from vnet_lock.domain_document import RESERVED_NAMES
 from vnet_lock.domain_rewrite import Form, bridge, direct, function, made, user, vf
 from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
 from vnet_lock.errors import BadInput, Unsupported
@@ -17,7 +18,7 @@ from vnet_lock.request import Assignment, Intent
 _BACKENDS = (*LATE_BACKENDS, Backend.VFIO, Backend.USER, Backend.PASST)
 _MODES = {Policy.VEB: "bridge", Policy.VEPA: "vepa", Policy.PRIVATE: "private"}
 # libvirt keeps names like these for itself.
-_RESERVED = ("vnet", "macvtap", "macvlan", "vl")
+_RESERVED = (*RESERVED_NAMES, "vl")
 
 
 def full_intent(wish: Wish) -> Intent:
@@ -78,8 +79,14 @@ def late_form(wish: Wish, guest: str) -> Form | None:
     """How the interface stands there until the hook makes its device; None for a VF, which doesn't."""
     if Backend.VFIO in wish.intent.backends:
         return None
-    ifname = wish.intent.ifname or name_link(guest, wish.intent.interface)
-    return made(ifname, wish.intent.queues)
+    return made(name_late(wish.intent, guest), wish.intent.queues)
+
+
+def name_late(intent: Intent, guest: str) -> str:
+    """The name of a late interface's device: the user's own, else one that we make up."""
+    # In the XML of a running guest stands what libvirt has made up.
+    own = intent.ifname if intent.ifname and not intent.ifname.startswith(RESERVED_NAMES) else None
+    return own or name_link(guest, intent.interface)
 
 
 def name_link(guest: str, alias: str) -> str:

@@ -101,6 +101,12 @@ def same_mac(wanted: Iterable[Wanted], mac: str | None, claim: Claim) -> bool:
     return claim.resource.name in places or (claim.pf is not None and claim.pf.text in places)
 
 
+def uncovered(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:
+    """What of it no claim covers: an exclusive one covers a share, too."""
+    covered = {(claim.resource, mode) for claim in held for mode in (claim.mode, Mode.SHARED)}
+    return tuple(item for item in wanted if (item.resource, item.mode) not in covered)
+
+
 def holder_text(claim: Claim, pid_of: PidOf) -> str:
     """Who holds a claim, in words: ``guest "web1" (pid 4711) since 10:02``."""
     pid = pid_of(claim.owner)

@@ -1,4 +1,4 @@
-"""The only place with order: observe, plan, claim, journal, change, activate; and the same backwards.
+"""What a guest gets, in the only order: observe, plan, claim, journal, change, activate; and back.
 
 A crash anywhere leaves a claim that says what to undo; the next command that meets it does.
 """
@@ -34,14 +34,13 @@ from vnet_lock.model import (
     Reservation,
     State,
     UseKind,
-    Wanted,
 )
 from vnet_lock.neighbours import needs_vlans
 from vnet_lock.outlook import Outlook
 from vnet_lock.planning import plan
 from vnet_lock.ports import Job, Opened
 from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request, error_of
-from vnet_lock.rules import Tenancy
+from vnet_lock.rules import Tenancy, uncovered
 from vnet_lock.settings import DEFAULT, Settings
 
 T = TypeVar("T")
@@ -84,7 +83,7 @@ class Healed:
 
 
 class Session:
-    """Everything that a front does to claims and devices.
+    """What a front does for guests: to their claims, and to devices.
 
     A configuration that can't be read keeps nothing from being given back, but nothing new is given out.
     """
@@ -470,9 +469,3 @@ def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
 def _is_for(claim: Claim, request: Request) -> bool:
     """Whether a guest's claim was made for this interface, under whichever name."""
     return claim.interface == request.interface or (claim.mac is not None and claim.mac == request.mac)
-
-
-def uncovered(wanted: Iterable[Wanted], held: Iterable[Claim]) -> tuple[Wanted, ...]:
-    """What of it no claim covers: an exclusive one covers a share, too."""
-    covered = {(claim.resource, mode) for claim in held for mode in (claim.mode, Mode.SHARED)}
-    return tuple(item for item in wanted if (item.resource, item.mode) not in covered)

@@ -9,7 +9,7 @@ from vnet_lock.dataclass import dataclass
 from vnet_lock.journal import MadeLink
 from vnet_lock.model import Claim, Mode, Owner, Resource, ResourceKind, UseKind, User
 
-# Whether a pid belongs to an owner: its process, a descendant, for libvirt the guest's QEMU or the daemon.
+# Whether a pid is an owner's: its process, a descendant, the QEMU that libvirt runs for it, or the daemon.
 IsOwn = Callable[[Owner, int], bool]
 
 

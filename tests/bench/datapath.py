@@ -43,6 +43,7 @@ ROUND_TRIPS = 60
 ROUNDS = 3
 PORT = 7100
 DEADLINE_S = 300
+_NO_CASE = "a guest with what is left"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,19 +147,20 @@ def measure_all(cases: Sequence[Case], outside: Outside, accel: str) -> list[Mea
     found: list[Measured] = []
     left, tried = [*cases], set[str]()
     while left:
+        now = _NO_CASE
         try:
             with tempfile.TemporaryDirectory() as folder, running(left, Path(folder), accel) as guest:
                 for case in tuple(left):
+                    now = case.text
                     case.face(HOST)
-                    found.append(measure(case.text, guest.console, outside, case.wire))
+                    found.append(measure(now, guest.console, outside, case.wire))
                     left.remove(case)
         except (AssertionError, OSError, subprocess.TimeoutExpired) as error:
-            name = left[0].text if left else "the guest's end"
-            again = left and name not in tried
-            print(f"{name}: {'once more' if again else 'not measured'}: {error}", file=sys.stderr)
-            tried.add(name)
-            if left and not again:
-                left.pop(0)
+            once_more = now not in tried
+            print(f"{now}: {'once more' if once_more else 'not measured'}: {error}", file=sys.stderr)
+            if not once_more:
+                left = [case for case in left if case.text != now] if now != _NO_CASE else []
+            tried.add(now)
     return found
 
 

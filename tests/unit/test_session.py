@@ -755,7 +755,6 @@ from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.model import *
 from vnet_lock.request import Fixed, Form, Intent
 from vnet_lock.session import Session
-from vnet_lock.administration import Administration
 from vnet_lock.settings import Settings
 settings = Settings.under(sys.argv[1])
 session = Session(settings)

@@ -2,7 +2,8 @@
 
 No hook runs there (qemu:///embed calls none), so all that the guest wants is claimed and made here, before
 libvirt is asked, and given back here at its end. libvirt makes QEMU a daemon of its own, by whose lock on its
-pid file the claims live, too: kill -9 of this process takes nothing from the guest, while it starts or later.
+pid file the claims live, too: kill -9 of this process takes nothing from the guest. (Before its vCPUs run, it
+leaves a QEMU that has to be killed, too.)
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vnet_lock.dataclass import replace
 from vnet_lock.domain_document import read_identity
-from vnet_lock.domain_xml import read_guest
+from vnet_lock.domain_xml import read_wishes
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
 from vnet_lock.front.program import ENDING
-from vnet_lock.front.resolver import resolve
+from vnet_lock.front.resolver import resolve_alone
 from vnet_lock.front.verbs import read_file
 from vnet_lock.kernel import processes
 from vnet_lock.model import Owner, OwnerKind
@@ -42,37 +42,44 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     otherwise.
     """
     xml = read_file(path)
+    _refuse_macvtaps(xml)
     name, _ = read_identity(xml)
     root = f"{settings.lib}/embed/{name}"
-    me = processes.this_process(settings)
-    owner = Owner(
-        OwnerKind.QEMU, name, processes.read_boot_id(settings), process=me, pid_file=_pid_file(root, name)
-    )
+    me, boot = processes.this_process(settings), processes.read_boot_id(settings)
+    owner = Owner(OwnerKind.QEMU, name, boot, process=me, pid_file=_pid_file(root, name))
     session = Session(settings)
     if print_only:
-        sys.stdout.buffer.write(_resolve(session, xml, owner))
+        sys.stdout.buffer.write(resolve_alone(session, xml, owner)[0])
         return 0
     # None of them raises anything: within a callback of libvirt's that would be lost.
     ended: list[int] = []
     for number in ENDING:
         signal.signal(number, lambda number, _: ended.append(number))
     _require_alone(root, name)
-    # With the pid file locked again, what an earlier start has left would count as a guest's.
-    session.heal()
-    owners = [owner]
     with _open(settings, root) as libvirt:
+        # With the pid file locked again, what an earlier start has left would count as a guest's.
+        session.heal()
         try:
             xml = _acquire(session, xml, owner)
             if not ended:
-                domain = _create(libvirt, xml)
-                if (pid := processes.read_lock_holder(_pid_file(root, name))) and pid > 0:
-                    owners.append(replace(owner, process=processes.read_process(settings, pid)))
-                    session.hand_over(*owners)
-                _wait(libvirt, domain, ended, f"{root}/log/qemu/{name}.log")
+                _wait(libvirt, _create(libvirt, xml), ended, f"{root}/log/qemu/{name}.log")
         finally:
-            for one in owners:
-                session.release(one)
+            session.release(owner)
     return 0
+
+
+def _refuse_macvtaps(xml: bytes) -> None:
+    """Refuse what libvirt would make a macvtap for.
+
+    Taking one away, it looks for a client of its netlink service, which only its daemons start, and dies by
+    SIGSEGV (virNetlinkEventRemoveClient; seen with 11.3). Those of intents are ours.
+    """
+    for request in read_wishes(xml)[0].requests:
+        if isinstance(request, Fixed) and request.form is not Form.HOSTDEV:
+            raise Unsupported(
+                f"interface {request.interface}: without its daemon, libvirt can't take away its macvtap on"
+                f" {request.device}; let vnet-lock make that: write an intent in its place, see vnet-qemu(1)"
+            )
 
 
 def _require_alone(root: str, name: str) -> None:
@@ -137,31 +144,15 @@ def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
     attempt = 0
     while True:
         attempt += 1
-        resolved = _resolve(session, xml, owner)
+        resolved, requests = resolve_alone(session, xml, owner)
         try:
-            for grant in session.acquire(owner, read_guest(resolved).requests):
+            for grant in session.acquire(owner, requests):
                 grant.close()
         except Refused:
             if attempt == _ATTEMPTS:
                 raise
         else:
             return resolved
-
-
-def _resolve(session: Session, xml: bytes, owner: Owner) -> bytes:
-    """The guest with what it gets now, and no macvtap that libvirt would make.
-
-    Taking one away, libvirt looks for a client of its netlink service, which only its daemons start, and
-    dies by SIGSEGV (virNetlinkEventRemoveClient; seen with 11.3).
-    """
-    resolved = resolve(session, xml, owner, macvtaps=False).xml
-    for request in read_guest(resolved).requests:
-        if isinstance(request, Fixed) and request.form is not Form.HOSTDEV:
-            raise Unsupported(
-                f"interface {request.interface}: without its daemon, libvirt can't take away its macvtap on"
-                f" {request.device}; let vnet-lock make that: write an intent, as in xml/intent-vepa.xml"
-            )
-    return resolved
 
 
 def _create(libvirt: Libvirt, xml: bytes) -> Domain:

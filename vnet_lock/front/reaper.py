@@ -120,7 +120,9 @@ class _Reaper:
             pid = read_lock_holder(owner.pid_file)
             if pid is not None and pid > 0:
                 return read_process(self._settings, pid)
-        return None if owner.kind is OwnerKind.LIBVIRT else owner.process
+        if owner.kind is not OwnerKind.LIBVIRT and owner.process and is_alive(self._settings, owner.process):
+            return owner.process
+        return None
 
     def _wait_for(self, wanted: set[Process]) -> None:
         for process in self._waited.keys() - wanted:

@@ -6,16 +6,17 @@ from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 from vnet_lock.combination import Backend
-from vnet_lock.dataclass import dataclass
-from vnet_lock.domain_rewrite import Form, rewrite
+from vnet_lock.dataclass import dataclass, replace
+from vnet_lock.domain_rewrite import Form, made, rewrite
 from vnet_lock.domain_wishes import Wish
-from vnet_lock.domain_xml import read_guest, read_wishes
+from vnet_lock.domain_xml import read_guest, read_opened_for, read_wishes
 from vnet_lock.errors import Unsupported
 from vnet_lock.kernel import sysfs
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Inventory, Owner
+from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.request import Assignment, Intent, Plan, Refusal, Request, error_of
-from vnet_lock.resolving import full_form, full_intent, late_form
+from vnet_lock.resolving import full_form, full_intent, late_backends, late_form, name_late
 from vnet_lock.settings import Settings
 
 # What the ifalias of a bridge of ours begins with.
@@ -43,17 +44,14 @@ class Resolved:
     late: Mapping[str, str]
 
 
-def resolve(
-    planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = True, macvtaps: bool = True
-) -> Resolved:
+def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = True) -> Resolved:
     """The guest with its interfaces chosen now (``full``), or left to the hook at each start.
 
-    Without ``macvtaps`` those are ours to make, too. Raises what speaks against it: BadInput, Refused,
-    Unsupported.
+    Raises what speaks against it: BadInput, Refused, Unsupported.
     """
     guest, wishes = read_wishes(xml)
     if full:
-        forms, late = _choose(planner, (*guest.requests,), wishes, owner, macvtaps)
+        forms, late = _choose(planner, guest.requests, wishes, owner)
     else:
         forms, late = {}, dict.fromkeys((wish.intent.interface for wish in wishes), "")
     forms |= {
@@ -66,6 +64,28 @@ def resolve(
     return Resolved(written, forms, late)
 
 
+def resolve_alone(planner: Planner, xml: bytes, owner: Owner) -> tuple[bytes, tuple[Request, ...]]:
+    """The guest as libvirt is to get it where no hook runs, and what is to be claimed and made for it before.
+
+    Its macvtaps are ours, too. Raises as ``resolve``.
+    """
+    guest, wishes = read_wishes(xml)
+    forms, late = _choose(planner, guest.requests, wishes, owner)
+    late |= {alias: "" for alias, form in forms.items() if form and form.kind == "direct"}
+    intents = {}
+    for wish in wishes:
+        intent = wish.intent
+        if intent.interface in late:
+            # Of a macvtap and of the guest's NIC there is one MAC: libvirt would make up another.
+            name, mac = name_late(intent, guest.name), intent.mac or random_mac()
+            intent = replace(intent, ifname=name, mac=mac, backends=late_backends(intent))
+            intents[intent.interface] = intent
+            forms[intent.interface] = replace(made(name, intent.queues), mac=mac)
+    written = rewrite(xml, forms) if forms else xml
+    fixed = (one for one in read_opened_for(written, wishes) if one.interface not in intents)
+    return written, (*fixed, *intents.values())
+
+
 def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
     """The form of one more interface of a guest, or why libvirt can't open it itself."""
     intent = full_intent(Wish(intent, ""))
@@ -74,11 +94,7 @@ def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
 
 
 def _choose(
-    planner: Planner,
-    others: tuple[Request, ...],
-    wishes: tuple[Wish, ...],
-    owner: Owner | None,
-    macvtaps: bool,
+    planner: Planner, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
 ) -> tuple[dict[str, Form | None], dict[str, str]]:
     requests = (*others, *map(full_intent, wishes))
     forms: dict[str, Form | None] = {}
@@ -87,9 +103,7 @@ def _choose(
         if not isinstance(assignment.request, Intent):
             continue
         form = form_of(planner.settings, assignment)
-        if isinstance(form, Form) and form.kind == "direct" and not macvtaps:
-            late[assignment.request.interface] = "its macvtap is ours to make"
-        elif isinstance(form, Form):
+        if isinstance(form, Form):
             forms[assignment.request.interface] = form
         else:
             late[assignment.request.interface] = form

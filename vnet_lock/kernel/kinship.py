@@ -1,4 +1,4 @@
-"""Which processes belong to an owner: itself, what it started, for libvirt the guest's QEMU. Reads only."""
+"""Which processes are an owner's: itself, what it started, the QEMU that libvirt runs for it. Reads only."""
 
 from __future__ import annotations
 

@@ -71,30 +71,46 @@ def is_alive(settings: Settings, process: Process) -> bool:
 def is_owner_alive(settings: Settings, owner: Owner) -> bool:
     """Whether an owner may still use what it claimed; False only on proof of death.
 
-    A libvirt guest lives while anybody holds the lock on its pid file (its QEMU does so for its life). While
-    nobody does, libvirt may still be giving back what it had: that ends with the guest's status file, which
-    libvirt writes once QEMU has the lock, replaces by renaming, and removes after it has reattached and
-    deleted the devices, just before it calls `release` (qemuProcessLaunch, qemuProcessStop in libvirt's
-    qemu_process.c). What a daemon was killed in the middle of, the next one does (qemuProcessReconnect).
-
-    A guest of the driver that libvirt embeds in vnet-qemu lives while that lock is held, or vnet-qemu lives.
-    Elsewhere a missing file proves nothing by itself, as a guest that is being started has none: it counts
-    as alive as long as the daemon that starts it is there. The owner has no process where `stopped` has seen
-    the file.
+    A guest that libvirt runs lives while anybody holds the lock on its pid file: its QEMU does so for its
+    life. Of one that vnet-qemu runs without libvirt's daemon, vnet-qemu gives back what it had, so it lives
+    as long as that, too.
     """
     if owner.boot_id != read_boot_id(settings):
         return False
-    if owner.pid_file is not None:
-        try:
-            if read_lock_holder(owner.pid_file) is not None:
-                return True
-        except OSError:
-            return True
-    if owner.kind is OwnerKind.LIBVIRT and owner.pid_file is not None:
-        has_status_file = _is_there(owner.pid_file.removesuffix(".pid") + ".xml")
-        if has_status_file or owner.process is None:
-            return has_status_file is not False
-    return owner.process is None or is_alive(settings, owner.process)
+    if owner.pid_file is not None and owner.kind is OwnerKind.LIBVIRT:
+        return _is_guest_alive(settings, owner.pid_file, owner.process)
+    if owner.process is None or is_alive(settings, owner.process):
+        return True
+    # Asked last: its QEMU has the lock before vnet-qemu is gone.
+    return owner.pid_file is not None and _is_locked(owner.pid_file)
+
+
+def _is_guest_alive(settings: Settings, pid_file: str, daemon: Process | None) -> bool:
+    """Of a guest of libvirt's daemon.
+
+    While nobody has the lock, libvirt may still be giving back what the guest had: that ends with its status
+    file, which libvirt writes once QEMU has the lock, replaces by renaming, and removes after it has
+    reattached and deleted the devices, just before it calls `release` (qemuProcessLaunch, qemuProcessStop in
+    libvirt's qemu_process.c). What a daemon was killed in the middle of, the next one does
+    (qemuProcessReconnect).
+
+    A missing file proves nothing by itself, as a guest that is being started has none: it counts as alive as
+    long as the daemon that starts it is there. There is no daemon where `stopped` has seen the file.
+    """
+    if _is_locked(pid_file):
+        return True
+    has_status_file = _is_there(pid_file.removesuffix(".pid") + ".xml")
+    if has_status_file or daemon is None:
+        return has_status_file is not False
+    return is_alive(settings, daemon)
+
+
+def _is_locked(path: str) -> bool:
+    """Whether anybody holds a lock on a file, or may."""
+    try:
+        return read_lock_holder(path) is not None
+    except OSError:
+        return True
 
 
 def _is_there(path: str) -> bool | None:
