@@ -261,8 +261,8 @@ def machine() -> str:
 _TEXT = """\
 # Throughput and latency of every combination
 
-Measured by `make bench-datapath`: guests with several networks each, TCP by busybox's nc, {size_mb} MB each way
-(the best of {rounds} rounds), and the median of {trips} round trips of one byte.
+Measured by `make bench-datapath`: guests with several networks each, TCP by busybox's nc, {size_mb} MB
+each way (the best of {rounds} rounds), and the median of {trips} round trips of one byte.
 Everything runs under emulation (TCG), so the figures say nothing of real hardware: what counts is how the
 rows of one place compare. *lab* is a guest inside the lab VM, twice emulated. `vepa-sriov` can't be there
 (the lab's NIC has no VEPA mode), nor `private-physdev` (its cable leads to no server).

@@ -11,12 +11,16 @@ import pytest
 
 from tests.fake_host import VFIO, FakeHost
 from vnet_lock.claims import ClaimTable
+from vnet_lock.combination import Backend
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import domains
 from vnet_lock.front.cli import main, parser
 from vnet_lock.front.command import serve
 from vnet_lock.front.libvirt_client import Disconnected, Libvirt
+from vnet_lock.front.resolver import resolve_alone
 from vnet_lock.model import Claim, Mode, PciAddress, Resource, State
+from vnet_lock.request import Fixed, Request
+from vnet_lock.session import Session
 
 PF = PciAddress.parse("0000:01:00.0")
 GUEST = """\
@@ -465,3 +469,39 @@ def test_what_a_guest_does_not_let_go_of_stays_claimed(host, plug, guest):
     code, _, err = plug("detach", "web1", "ua-net1", "--timeout", "1")
     assert (code, "it stays claimed" in err) == (1, True)
     assert [each.interface for each in claims(host)] == ["ua-net1"]
+
+
+# --- without libvirt's daemon ---------------------------------------------------------------------
+
+
+def alone(host: FakeHost, text: str) -> tuple[str, tuple[Request, ...]]:
+    """A guest as vnet-qemu GUEST.xml gives it to libvirt, and what it claims for it."""
+    xml, requests = resolve_alone(Session(host.settings), text.encode(), host.owner(os.getpid()))
+    return xml.decode(), requests
+
+
+def test_without_a_daemon_a_macvtap_is_ours_and_has_the_guests_mac(host):
+    xml, (intent,) = alone(host, GUEST.format(ON_PF))
+    assert (intent.ifname, intent.mac) == ("web1-net0", "52:54:00:00:00:01")
+    assert "<target dev='web1-net0' managed='no'/>" in xml
+    # libvirt would make up another one.
+    xml, (intent,) = alone(host, GUEST.format(ON_PF).replace("<mac address='52:54:00:00:00:01'/>", ""))
+    assert re.findall("mac address=.([0-9a-f:]*)", xml) == [intent.mac]
+
+
+def test_without_a_daemon_a_macvtap_has_no_name_that_libvirt_made_up(host):
+    running = GUEST.format(ON_PF).replace("type='ethernet'", "type='direct'").replace("web1-net0", "macvtap3")
+    xml, (intent,) = alone(host, running.replace("<model", "<source dev='wire0' mode='vepa'/><model"))
+    assert intent.ifname == "web1-net0"
+    assert "macvtap3" not in xml
+
+
+def test_without_a_daemon_the_best_of_several_backends_is_had(host):
+    mixed = ON_VF.replace('"vfio"', '"vfio tap"').replace(' vlan="42"', "")
+    xml, (fixed,) = alone(host, GUEST.format(mixed))
+    assert isinstance(fixed, Fixed)
+    assert "<interface type='hostdev'" in xml
+    on_wire = '<vnet:interface alias="ua-net0" policy="vepa" dev="wire0" backends="vfio tap"/>'
+    xml, (intent,) = alone(host, GUEST.format(on_wire))
+    assert intent.backends == (Backend.TAP,)
+    assert "<target dev='web1-net0' managed='no'/>" in xml
