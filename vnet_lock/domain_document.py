@@ -10,6 +10,8 @@ from vnet_lock.errors import BadInput
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element, TreeBuilder
 
+NAMESPACE = "urn:vnet-lock:guest:1"
+_FAMILY = "{urn:vnet-lock:guest"
 SIZE_LIMIT_BYTES = 8 * 1024 * 1024
 # libvirt keeps a user's alias only where it is like this (virDomainDeviceAliasIsUserAlias).
 ALIAS = re.compile("ua-[A-Za-z0-9_-]+")
@@ -73,6 +75,11 @@ def read_identity(xml: bytes) -> tuple[str, str]:
     """A guest's name and uuid alone, so that a guest with a bad intent can still be released."""
     root = parse(xml)
     return read_name(root), read_uuid(root)
+
+
+def find_metadata(root: Element) -> list[Element]:
+    """What stands in the metadata under a namespace of ours, of this version or another."""
+    return [one for one in root.iterfind("metadata/*") if str(one.tag).startswith(_FAMILY)]
 
 
 def user_alias(element: Element) -> str:

@@ -9,10 +9,12 @@ from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
 from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.domain_document import (
     ALIAS,
+    NAMESPACE,
     RESERVED_NAMES,
     attribute,
     attribute_of,
     check_mac,
+    find_metadata,
     mode_of,
     read_mac,
     user_alias,
@@ -24,9 +26,6 @@ from vnet_lock.request import Intent
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
-NAMESPACE = "urn:vnet-lock:guest:1"
-
-_FAMILY = "{urn:vnet-lock:guest"
 _GUEST = f"{{{NAMESPACE}}}guest"
 _INTERFACE = f"{{{NAMESPACE}}}interface"
 _KNOWN = (
@@ -70,7 +69,7 @@ class Wish:
 def read(root: Element) -> tuple[Wish, ...]:
     """What the metadata of a <domain> asks for; BadInput where it can't be understood."""
     targets = _targets(root)
-    guests = [element for element in root.iterfind("metadata/*") if str(element.tag).startswith(_FAMILY)]
+    guests = find_metadata(root)
     for guest in guests:
         if guest.tag != _GUEST:
             raise BadInput(

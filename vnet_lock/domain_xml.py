@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vnet_lock import domain_wishes
 from vnet_lock.dataclass import dataclass
 from vnet_lock.domain_devices import read_opened
-from vnet_lock.domain_document import parse, read_name, read_uuid
+from vnet_lock.domain_document import find_metadata, parse, read_name, read_uuid
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -37,6 +36,10 @@ def read_guest(xml: bytes) -> Guest:
     what an intent asks for.
     """
     root = parse(xml)
+    if not find_metadata(root):
+        return read_fixed(root)
+    from vnet_lock import domain_wishes  # 1 ms, for who has any
+
     wishes = domain_wishes.read(root)
     domain_wishes.check(root, wishes)
     return _guest(root, (*_opened(root, wishes), *domain_wishes.late_intents(wishes)))
@@ -47,6 +50,8 @@ def read_wishes(xml: bytes) -> tuple[Guest, tuple[Wish, ...]]:
 
     These may be missing, or of any form. BadInput where the document or an intent cannot be understood.
     """
+    from vnet_lock import domain_wishes
+
     root = parse(xml)
     wishes = domain_wishes.read(root)
     asked = {wish.intent.interface for wish in wishes}

@@ -17,8 +17,7 @@ from tests.unit.test_hook import VF0, VF1, Told, guest
 from vnet_lock.audit import audit
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Policy
-from vnet_lock.domain_document import parse
-from vnet_lock.domain_wishes import NAMESPACE
+from vnet_lock.domain_document import NAMESPACE, parse
 from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front.companion import hostdev_xml

@@ -11,8 +11,7 @@ import pytest
 from lxml import etree
 
 from vnet_lock.combination import Backend, Policy, Port, backends_of, ports_of
-from vnet_lock.domain_document import SIZE_LIMIT_BYTES, read_identity
-from vnet_lock.domain_wishes import NAMESPACE
+from vnet_lock.domain_document import NAMESPACE, SIZE_LIMIT_BYTES, read_identity
 from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.model import PciAddress
