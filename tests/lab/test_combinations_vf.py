@@ -51,6 +51,7 @@ class VfWire(Wire):
 
     def close(self) -> None:
         ip(f"address delete {self.peer}/24 dev far", OUTSIDE)
+        ip(f"link set {self.dev} vf 0 vlan 0")
 
     def reflect(self, on: bool) -> None:
         """An embedded switch does what its mode says."""
@@ -122,7 +123,6 @@ class Pairs:
     def close(self) -> None:
         """End the guests."""
         self._pair = None
-        ip(f"link set {self.nic.pf} vf 0 vlan 0")
         self._stack.close()
 
 
