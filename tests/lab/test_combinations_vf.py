@@ -51,7 +51,11 @@ class VfWire(Wire):
 
     def close(self) -> None:
         ip(f"address delete {self.peer}/24 dev far", OUTSIDE)
-        ip(f"link set {self.dev} vf 0 vlan 0")
+        self.leave_vlan()
+
+    def leave_vlan(self) -> None:
+        """Put the far end where it was before it faced a private guest."""
+        ip(f"link set {self.pf} vf 0 vlan 0")
 
     def reflect(self, on: bool) -> None:
         """An embedded switch does what its mode says."""
@@ -123,6 +127,7 @@ class Pairs:
     def close(self) -> None:
         """End the guests."""
         self._pair = None
+        VfWire(VF_NETWORK, self.nic.pf).leave_vlan()  # before it is looked whether all is as it was
         self._stack.close()
 
 
