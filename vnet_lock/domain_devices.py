@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import dataclass, replace
-from vnet_lock.domain_document import RESERVED_NAMES, attribute, mode_of, parse, read_mac, user_alias
+from vnet_lock.domain_document import attribute, mode_of, own_name, parse, read_mac, user_alias
 from vnet_lock.errors import BadInput
 from vnet_lock.model import PciAddress, is_ifname
 from vnet_lock.request import Fixed, Form
@@ -85,10 +85,7 @@ def _read_direct(element: Element, key: str) -> Fixed:
     form, mac = _DIRECT_FORMS[mode], read_mac(element, f"interface {key}")
     # Only a VF of its own gets a VLAN from libvirt.
     vlan = _read_vlan(element) if form is Form.PASSTHRU else None
-    name = attribute(element, "target", "dev")
-    # What libvirt named itself stands in the XML of a running guest, and has another name at the next start.
-    ifname = None if name.startswith(RESERVED_NAMES) else name or None
-    return Fixed(key, dev, form, mac, vlan=vlan, ifname=ifname)
+    return Fixed(key, dev, form, mac, vlan=vlan, ifname=own_name(element))
 
 
 def _read_vlan(element: Element) -> int | None:

@@ -101,6 +101,15 @@ def check_mac(text: str, what: str) -> str | None:
     return mac or None
 
 
+def own_name(element: Element) -> str | None:
+    """The name that the user chose for an interface's device on the host.
+
+    What libvirt made up stands in the XML of a running guest, and is another at the next start.
+    """
+    name = attribute(element, "target", "dev")
+    return None if name.startswith(RESERVED_NAMES) else name or None
+
+
 def mode_of(target: Element) -> str:
     """The mode of a direct interface, as libvirt reads it."""
     return attribute(target, "source", "mode") or "vepa"

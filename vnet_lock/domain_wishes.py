@@ -16,6 +16,7 @@ from vnet_lock.domain_document import (
     check_mac,
     find_metadata,
     mode_of,
+    own_name,
     read_mac,
     user_alias,
 )
@@ -114,7 +115,7 @@ def _read_wish(element: Element, targets: dict[str, Element]) -> Wish:
         mac=_read_own_mac(element, target, targets, what),
         vlan=None if vlan is None else _within(vlan, 1, 4094, f"{what}: vlan"),
         queues=_within(queues, 1, _QUEUES_LIMIT, f"{what}: queues"),
-        ifname=attribute_of(target, "target", "dev") or None,
+        ifname=None if target is None else own_name(target),
         addresses=_read_addresses(element, policy, what),
         dhcp=_read_dhcp(element, policy, what),
         pool=element.get("pool"),

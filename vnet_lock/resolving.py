@@ -79,14 +79,17 @@ def late_form(wish: Wish, guest: str) -> Form | None:
     """How the interface stands there until the hook makes its device; None for a VF, which doesn't."""
     if Backend.VFIO in wish.intent.backends:
         return None
-    return made(name_late(wish.intent, guest), wish.intent.queues)
+    return made(wish.intent.ifname or name_link(guest, wish.intent.interface), wish.intent.queues)
 
 
-def name_late(intent: Intent, guest: str) -> str:
-    """The name of a late interface's device: the user's own, else one that we make up."""
-    # In the XML of a running guest stands what libvirt has made up.
-    own = intent.ifname if intent.ifname and not intent.ifname.startswith(RESERVED_NAMES) else None
-    return own or name_link(guest, intent.interface)
+def made_late(intent: Intent, guest: str) -> tuple[Intent, Form]:
+    """What is to be claimed and made where no hook reads the guest's metadata, and how libvirt takes it.
+
+    The device and the guest's NIC have one MAC, the intent's: libvirt would make up another.
+    """
+    ifname = intent.ifname or name_link(guest, intent.interface)
+    late = replace(intent, ifname=ifname, backends=late_backends(intent))
+    return late, replace(made(ifname, intent.queues), mac=intent.mac)
 
 
 def name_link(guest: str, alias: str) -> str:

@@ -49,13 +49,8 @@ def guest(host: Host, tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "alone.xml"
     path.write_text(GUEST)
     yield path
-    if (pid := qemu_pid()) and Path(f"/proc/{pid}/exe").exists():
+    if pid := holder():
         os.kill(pid, signal.SIGKILL)
-
-
-def qemu_pid() -> int | None:
-    text = PID_FILE.read_text().strip() if PID_FILE.exists() else ""
-    return int(text) if text else None
 
 
 def holder() -> int | None:
@@ -98,7 +93,7 @@ def test_a_guest_outlives_its_wrapper_and_is_never_started_twice(host: Host, gue
         assert (second.returncode, second.stderr.count("run by another vnet-qemu")) == (1, 1), second.stderr
         process.kill()
         process.wait()
-    pid = qemu_pid()
+    pid = holder()
     assert pid
     second = subprocess.run([VNET_QEMU, str(guest)], capture_output=True, text=True, check=False)
     assert second.returncode == 1
@@ -168,4 +163,6 @@ def test_a_guest_is_shown_without_being_touched(host: Host, guest: Path) -> None
     assert "<source bridge='br0'/>" in shown
     for ours in ("alone-net1", "alone-net2"):
         assert f"<target dev='{ours}' managed='no'/>" in shown
+    # The guest's NICs stand in the order in which they are asked for.
+    assert shown.index("<source bridge='br0'/>") < shown.index("alone-net1'") < shown.index("alone-net2'")
     assert (host.claims(), host.links()) == ([], before)

@@ -12,7 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -20,17 +20,17 @@ from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
 from vnet_lock.domain_document import read_identity
-from vnet_lock.domain_rewrite import Form, made, with_uuid, write_interface
+from vnet_lock.domain_rewrite import Form, with_uuid, write_interface
 from vnet_lock.domain_xml import read_guest
-from vnet_lock.errors import BadInput, Refused, Unsupported, Vanished, VnetLockError
+from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 from vnet_lock.front.libvirt_guest import read_daemon, read_owner
-from vnet_lock.front.resolver import Resolved, choose_one
+from vnet_lock.front.resolver import Resolved, choose_one, planned_anew
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
 from vnet_lock.model import Owner, name_of
 from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.request import Fixed, Intent
-from vnet_lock.resolving import late_backends, name_link
+from vnet_lock.resolving import made_late
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
 
@@ -38,11 +38,6 @@ if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
 
     Connect = Callable[[str | None], Libvirt]
-
-T = TypeVar("T")
-
-# Who is quicker takes what was planned: then it is planned again.
-_ATTEMPTS = 5
 
 
 def resolve(settings: Settings, args: Namespace) -> int:
@@ -152,7 +147,7 @@ def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[R
         session.activate(grants)
         return found, grants
 
-    return _again(take)
+    return planned_anew(take)
 
 
 def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
@@ -200,20 +195,11 @@ def _claim_words(
             xml = write_interface(alias, replace(form, mac=intent.mac))
             fixed = [replace(one, policy=intent.policy) for one in _read_device(xml)]
             return alias, xml, session.acquire(owner, fixed, beside=True)
-        ifname = name_link(domain.name, alias)
-        late = replace(intent, ifname=ifname, backends=late_backends(intent))
+        late, form = made_late(intent, domain.name)
         grants = session.acquire(owner, [late], beside=True)
-        return alias, write_interface(alias, replace(made(ifname, intent.queues), mac=intent.mac)), grants
+        return alias, write_interface(alias, form), grants
 
-    return _again(take)
-
-
-def _again(take: Callable[[], T]) -> T:
-    """What was free when it was planned may be another's when it is claimed: then plan anew."""
-    for _ in range(_ATTEMPTS - 1):
-        with suppress(Refused):
-            return take()
-    return take()
+    return planned_anew(take)
 
 
 @contextmanager

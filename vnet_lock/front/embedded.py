@@ -14,11 +14,10 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from vnet_lock.domain_document import read_identity
-from vnet_lock.domain_xml import read_wishes
-from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
+from vnet_lock.domain_xml import Guest, read_wishes
+from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.program import ENDING
-from vnet_lock.front.resolver import resolve_alone
+from vnet_lock.front.resolver import planned_anew, resolve_alone
 from vnet_lock.front.verbs import read_file
 from vnet_lock.kernel import processes
 from vnet_lock.model import Owner, OwnerKind
@@ -29,8 +28,6 @@ from vnet_lock.settings import Settings
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
 
-# Who is quicker takes what was planned: then it is planned again.
-_ATTEMPTS = 5
 # How long a signal may wait.
 _TICK_S = 1.0
 
@@ -42,8 +39,9 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     otherwise.
     """
     xml = read_file(path)
-    _refuse_macvtaps(xml)
-    name, _ = read_identity(xml)
+    guest, _ = read_wishes(xml)
+    _refuse_macvtaps(guest)
+    name = guest.name
     root = f"{settings.lib}/embed/{name}"
     me, boot = processes.this_process(settings), processes.read_boot_id(settings)
     owner = Owner(OwnerKind.QEMU, name, boot, process=me, pid_file=_pid_file(root, name))
@@ -56,25 +54,32 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     for number in ENDING:
         signal.signal(number, lambda number, _: ended.append(number))
     _require_alone(root, name)
+
+    def acquire() -> bytes:
+        resolved, requests = resolve_alone(session, xml, owner)
+        for grant in session.acquire(owner, requests):
+            grant.close()
+        return resolved
+
     with _open(settings, root) as libvirt:
         # With the pid file locked again, what an earlier start has left would count as a guest's.
         session.heal()
         try:
-            xml = _acquire(session, xml, owner)
+            resolved = planned_anew(acquire)
             if not ended:
-                _wait(libvirt, _create(libvirt, xml), ended, f"{root}/log/qemu/{name}.log")
+                _wait(libvirt, _create(libvirt, resolved), ended, f"{root}/log/qemu/{name}.log")
         finally:
             session.release(owner)
     return 0
 
 
-def _refuse_macvtaps(xml: bytes) -> None:
+def _refuse_macvtaps(guest: Guest) -> None:
     """Refuse what libvirt would make a macvtap for.
 
     Taking one away, it looks for a client of its netlink service, which only its daemons start, and dies by
     SIGSEGV (virNetlinkEventRemoveClient; seen with 11.3). Those of intents are ours.
     """
-    for request in read_wishes(xml)[0].requests:
+    for request in guest.requests:
         if isinstance(request, Fixed) and request.form is not Form.HOSTDEV:
             raise Unsupported(
                 f"interface {request.interface}: without its daemon, libvirt can't take away its macvtap on"
@@ -137,22 +142,6 @@ def _configuration(path: str) -> bytes:
     except FileNotFoundError:
         lines = []
     return b"".join(lines) + b'\nstdio_handler = "file"\n'
-
-
-def _acquire(session: Session, xml: bytes, owner: Owner) -> bytes:
-    """Claim and make all that the guest wants; its XML for libvirt."""
-    attempt = 0
-    while True:
-        attempt += 1
-        resolved, requests = resolve_alone(session, xml, owner)
-        try:
-            for grant in session.acquire(owner, requests):
-                grant.close()
-        except Refused:
-            if attempt == _ATTEMPTS:
-                raise
-        else:
-            return resolved
 
 
 def _create(libvirt: Libvirt, xml: bytes) -> Domain:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Protocol
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from typing import Protocol, TypeVar
 
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import dataclass, replace
-from vnet_lock.domain_rewrite import Form, made, rewrite
+from vnet_lock.domain_rewrite import Form, rewrite
 from vnet_lock.domain_wishes import Wish
 from vnet_lock.domain_xml import read_guest, read_opened_for, read_wishes
-from vnet_lock.errors import Unsupported
+from vnet_lock.errors import Refused, Unsupported
 from vnet_lock.kernel import sysfs
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Inventory, Owner
 from vnet_lock.ports.macvtap import random_mac
 from vnet_lock.request import Assignment, Intent, Plan, Refusal, Request, error_of
-from vnet_lock.resolving import full_form, full_intent, late_backends, late_form, name_late
+from vnet_lock.resolving import full_form, full_intent, late_form, made_late
 from vnet_lock.settings import Settings
 
+T = TypeVar("T")
+
+_ATTEMPTS = 5
 # What the ifalias of a bridge of ours begins with.
 _OURS = "vnet-lock:"
 
@@ -70,20 +74,25 @@ def resolve_alone(planner: Planner, xml: bytes, owner: Owner) -> tuple[bytes, tu
     Its macvtaps are ours, too. Raises as ``resolve``.
     """
     guest, wishes = read_wishes(xml)
-    forms, late = _choose(planner, guest.requests, wishes, owner)
-    late |= {alias: "" for alias, form in forms.items() if form and form.kind == "direct"}
-    intents = {}
-    for wish in wishes:
-        intent = wish.intent
-        if intent.interface in late:
-            # Of a macvtap and of the guest's NIC there is one MAC: libvirt would make up another.
-            name, mac = name_late(intent, guest.name), intent.mac or random_mac()
-            intent = replace(intent, ifname=name, mac=mac, backends=late_backends(intent))
-            intents[intent.interface] = intent
-            forms[intent.interface] = replace(made(name, intent.queues), mac=mac)
+    chosen, _ = _choose(planner, guest.requests, wishes, owner)
+    forms: dict[str, Form | None] = {}  # in the user's order
+    intents: dict[str, Intent] = {}
+    for alias, intent in ((wish.intent.interface, wish.intent) for wish in wishes):
+        form = chosen.get(alias)
+        if form is None or form.kind == "direct":
+            intents[alias], form = made_late(replace(intent, mac=intent.mac or random_mac()), guest.name)
+        forms[alias] = form
     written = rewrite(xml, forms) if forms else xml
     fixed = (one for one in read_opened_for(written, wishes) if one.interface not in intents)
     return written, (*fixed, *intents.values())
+
+
+def planned_anew(take: Callable[[], T]) -> T:
+    """What was free when it was planned may be another's when it is claimed: then plan anew."""
+    for _ in range(_ATTEMPTS - 1):
+        with suppress(Refused):
+            return take()
+    return take()
 
 
 def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:

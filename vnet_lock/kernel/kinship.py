@@ -28,7 +28,7 @@ class Kinship:
         return head in self._ancestors[pid]
 
     def guest_pid(self, owner: Owner) -> int | None:
-        """The pid of the guest itself: of a libvirt guest its QEMU, None while it has none."""
+        """The pid of the guest itself: the QEMU that libvirt runs for it, None while it has none."""
         pid = self._qemu_pid(owner)
         if pid is None and owner.kind is not OwnerKind.LIBVIRT and owner.process:
             pid = owner.process.pid
