@@ -6,6 +6,7 @@ Nobody forks or starts a program while holding one.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import stat
 import time
@@ -29,26 +30,32 @@ def guard(path: str, timeout_s: float, what: str, proc: str = DEFAULT.proc) -> I
     ``timeout_s`` (with the holder, read below ``proc``), or where the path is no plain file of ours.
     Not reentrant: a second guard on the same path waits in vain, in the same thread too.
     """
-    # 30 to 50 ms: only who takes a guard pays for it. Its read-write locks and asyncio stay unloaded.
-    import filelock
+    fd = _lock(path, 0, _flock)
+    if fd is None:
+        import filelock  # 30 to 50 ms, more than all else that a hook does: only who has to wait pays for it
 
-    # A lock on a descriptor is the same flock(2) as a FileLock's, at a tenth of its time. Versions without it
-    # (before 3.30) have no option to fall back to existence of the file either: nothing to forbid there.
-    if hasattr(filelock, "lock_descriptor"):
-        fd = _lock(path, timeout_s, filelock.lock_descriptor)
+        if not hasattr(filelock, "lock_descriptor"):  # before 3.30
+            with _file_lock(path, timeout_s, what, proc):
+                yield
+            return
+        fd = _lock(path, timeout_s, lambda it: filelock.lock_descriptor(it, blocking=False))
         if fd is None:
             raise _timed_out(path, timeout_s, what, proc)
-        try:
-            yield
-        finally:
-            # A close alone would leave the lock with a child, should somebody have forked.
-            filelock.unlock_descriptor(fd)
-            os.close(fd)
-        return
+    try:
+        yield
+    finally:
+        # A close alone would leave the lock with a child, should somebody have forked.
+        fcntl.flock(fd, fcntl.LOCK_UN)
+        os.close(fd)
 
+
+@contextmanager
+def _file_lock(path: str, timeout_s: float, what: str, proc: str) -> Iterator[None]:
+    """As ``guard``, with a FileLock of filelock's."""
     import inspect
 
-    os.close(_open(path))
+    import filelock
+
     # Those with a mode set it on each acquire, to 0644 unless told; 3.9 has none and leaves the file alone.
     # Asked first: an instance refused halfway complains from its __del__ on our stderr.
     has_mode = "mode" in inspect.signature(filelock.FileLock).parameters
@@ -116,13 +123,22 @@ def _open(path: str) -> int:
     return fd
 
 
-def _lock(path: str, timeout_s: float, lock: Callable[..., bool]) -> int | None:
+def _flock(fd: int) -> bool:
+    """Lock what nobody has: the flock(2) that filelock's locks are on Linux."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _lock(path: str, timeout_s: float, lock: Callable[[int], bool]) -> int | None:
     """A descriptor that is locked, or None at the deadline."""
     deadline = time.monotonic() + timeout_s
     while True:
         fd = _open(path)
         try:
-            while not lock(fd, blocking=False):
+            while not lock(fd):
                 left_s = deadline - time.monotonic()
                 if left_s <= 0:
                     os.close(fd)

@@ -95,9 +95,12 @@ def test_a_lock_that_is_given_back_is_had_within_a_few_milliseconds(path: str) -
     held.wait(5)
     with guard(path, 5, "a test"):
         late_s = time.monotonic() - released
+        assert is_locked(path)
     thread.join()
     assert released > 0
     assert 0 <= late_s < 0.04  # filelock's own interval would be 50 ms
+    found = os.stat(path)
+    assert (stat.S_IMODE(found.st_mode), found.st_size) == (0o600, 0)
 
 
 def test_a_second_guard_in_the_same_thread_fails_and_the_first_stays(path: str) -> None:
