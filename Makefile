@@ -14,7 +14,7 @@ ARGS :=
 export COLUMNS := 250
 
 .PHONY: help setup test $(RINGS) test-lab-datapath test-lab-libvirt test-lab-long test-lab-older lab-shell demo
-.PHONY: bench bench-datapath bench-start lint clean
+.PHONY: bench bench-datapath bench-start bench-vhost lint clean
 
 help:
 	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
@@ -24,6 +24,7 @@ help:
 	@echo 'make test-lab-long   what takes an hour more: a daemon killed anywhere, the full form, migration, save'
 	@echo 'make test-lab-older  the life of libvirt guests, with the libvirt of Debian 12 itself'
 	@echo 'make bench-start     virsh start with the hook beside without'
+	@echo 'make bench-vhost     socket+vhost beside tap+vhost on one device'
 	@echo 'make bench-datapath  throughput and latency of every combination, into docs/'
 	@echo 'make lint        ruff, mypy, import-linter'
 	@echo 'make setup       only the set-up that each of them does first'
@@ -88,6 +89,10 @@ bench: setup
 # A guest's start with the hook beside one without it; 1 where the hook takes more than it may.
 bench-start: setup
 	$(VM) --deadline $(DEMO_DEADLINE_S) -- python -u -m tests.lab.bench_start
+
+# 1 where socket+vhost takes more than it may.
+bench-vhost: setup
+	$(VM) --deadline $(DEMO_DEADLINE_S) -- python -u -m tests.lab.bench_vhost_user
 
 # Beside each other: what this machine can do in namespaces, and what takes the lab VM; docs/datapath.md shows it.
 bench-datapath: setup

@@ -120,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run or show a command line; the exit status of the usage, or QEMU's own."""
 
     def open_session() -> Session:
-        from vnet_lock.session import Session  # filelock, and pyroute2 where links are made: 0.3 s, 25 MB
+        from vnet_lock.session import Session  # pyroute2 where links are made: 0.3 s, 25 MB
 
         return Session(DEFAULT)
 
