@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping
@@ -109,19 +110,13 @@ _PARTS = ("virtqemud", "virtnetworkd")
 
 @contextmanager
 def split() -> Iterator[tuple[Daemon, Daemon]]:
-    """One daemon for QEMU and one for networks and all else, in the place of libvirtd.
+    """One daemon for QEMU and one for networks, in the place of libvirtd.
 
-    Debian builds no virtqemud. What it would be is a libvirtd that has one driver and listens elsewhere; yet
-    a libvirtd looks for the network driver in its own process alone: one function of libvirt's is replaced.
-    To reach networks, virsh has to be told ``-c network:///system``.
+    Libvirt's own virtqemud and virtnetworkd where this machine has them, which Debian doesn't build. To reach
+    networks, virsh has to be told ``-c network:///system``.
     """
-    drivers = next(Path("/usr/lib").glob("*/libvirt/connection-driver"))
     with TemporaryDirectory() as name:
-        qemu = _part(Path(name), _PARTS[0], "qemu:///system", drivers.glob("*_qemu.so"))
-        others = (path for path in drivers.iterdir() if not path.name.endswith("_qemu.so"))
-        network = _part(Path(name), _PARTS[1], "network:///system", others)
-        environment = {**qemu.environment, "LD_PRELOAD": _elsewhere(Path(name))}
-        qemu = replace(qemu, environment=environment)
+        qemu, network = _real_parts() if shutil.which(_PARTS[0]) else _stand_ins(Path(name))
         LIBVIRTD.end()
         try:
             network.begin()
@@ -135,6 +130,23 @@ def split() -> Iterator[tuple[Daemon, Daemon]]:
             for part_name in _PARTS:
                 (RUN / f"{part_name}-sock").unlink(missing_ok=True)
             LIBVIRTD.begin()
+
+
+def _real_parts() -> tuple[Daemon, Daemon]:
+    qemu, network = (Path(f"/run/{name}.pid") for name in _PARTS)
+    return Daemon(qemu, _PARTS[0]), Daemon(network, _PARTS[1], uri="network:///system")
+
+
+def _stand_ins(folder: Path) -> tuple[Daemon, Daemon]:
+    """Two libvirtds, each with some drivers, that listen elsewhere: which is what the real ones are.
+
+    Yet a libvirtd looks for the network driver in its own process alone: a function of libvirt's is replaced.
+    """
+    drivers = next(Path("/usr/lib").glob("*/libvirt/connection-driver"))
+    qemu = _part(folder, _PARTS[0], "qemu:///system", drivers.glob("*_qemu.so"))
+    others = (path for path in drivers.iterdir() if not path.name.endswith("_qemu.so"))
+    network = _part(folder, _PARTS[1], "network:///system", others)
+    return replace(qemu, environment={**qemu.environment, "LD_PRELOAD": _elsewhere(folder)}), network
 
 
 def _elsewhere(folder: Path) -> str:
