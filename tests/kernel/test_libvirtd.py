@@ -12,6 +12,8 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -235,6 +237,29 @@ def test_split_daemons_protect_what_guests_have_and_may_be_killed(libvirtd: Host
         assert is_clean(libvirtd)
         virsh("start", "--paused", "g")
         assert owners(libvirtd) == ["g"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("libvirtd", ["installed"], indirect=True)
+@pytest.mark.usefixtures("libvirtd")
+def test_a_guest_that_libvirt_is_busy_with_is_told_from_one_that_it_refuses() -> None:
+    virsh("start", "--paused", "g")
+    qemu = int(Path("/run/libvirt/qemu/g.pid").read_text())
+    code = (
+        "from vnet_lock.front.libvirt_client import Busy, Libvirt\n"
+        "try: Libvirt().find('g').attach('<interface type=\"user\"/>')\n"
+        "except Busy as error: print(error)"
+    )
+    os.kill(qemu, signal.SIGSTOP)
+    try:
+        with subprocess.Popen(["virsh", "-q", "qemu-monitor-command", "g", "--hmp", "info status"]):
+            time.sleep(1)
+            told = command(sys.executable, "-c", code)
+            os.kill(qemu, signal.SIGCONT)
+    finally:
+        os.kill(qemu, signal.SIGCONT)
+    assert 'guest "g": ' in told
+    assert "cannot acquire state change lock" in told
 
 
 def run_as_user(*words: str) -> subprocess.CompletedProcess[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -20,6 +21,7 @@ from vnet_lock.combination import Policy
 from vnet_lock.domain_document import NAMESPACE, parse
 from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import VnetLockError
+from vnet_lock.front import companion, libvirt_client
 from vnet_lock.front.companion import hostdev_xml
 from vnet_lock.front.hook import Call, answer
 from vnet_lock.journal import Companion
@@ -150,13 +152,17 @@ def call(settings: Settings, operation: str, words: str = "") -> tuple[int, Told
     return status, told
 
 
-def entry_of(settings: Settings) -> Companion:
-    (entry,) = (
+def companions(settings: Settings) -> list[Companion]:
+    return [
         one
         for claim in ClaimTable(settings).read().records
         for one in claim.journal
         if isinstance(one, Companion)
-    )
+    ]
+
+
+def entry_of(settings: Settings) -> Companion:
+    (entry,) = companions(settings)
     return entry
 
 
@@ -166,11 +172,53 @@ def test_a_start_claims_the_vf_and_leaves_a_companion_that_release_ends(settings
     assert (claim.resource.name, claim.interface, claim.combination) == (VF0, "ua-vf0", "veb-sriov-vfio")
     assert (claim.mac, claim.vlan, claim.state) == ("52:54:00:00:00:09", 7, State.ACTIVE)
     entry = entry_of(settings)
-    companion = Process(entry.pid, entry.start_ticks)
-    assert is_alive(DEFAULT, companion)
+    process = Process(entry.pid, entry.start_ticks)
+    assert is_alive(DEFAULT, process)
     assert call(settings, "release") == (0, Told())
-    assert not is_alive(DEFAULT, companion)
+    assert not is_alive(DEFAULT, process)
     assert not ClaimTable(settings).read().records
+
+
+def test_a_guest_that_libvirt_is_busy_with_gets_its_vf_once_it_has_time(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = tmp_path / "tried"
+    tried.touch()
+
+    class Domain:
+        state = libvirt_client.State.RUNNING
+
+        def read_xml(self) -> str:
+            return "<domain/>"
+
+        def attach(self, xml: str) -> None:
+            with tried.open("a") as file:
+                file.write(f"{xml}\n")
+            if len(tried.read_text().splitlines()) < 3:
+                raise libvirt_client.Busy("cannot acquire state change lock")
+
+    class Libvirt:
+        def __init__(self, _: str) -> None:
+            pass
+
+        def __enter__(self) -> Self:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def listen(self) -> None:
+            pass
+
+        def find(self, _: str) -> Domain:
+            return Domain()
+
+    monkeypatch.setattr(libvirt_client, "Libvirt", Libvirt)
+    monkeypatch.setattr(companion, "_RETRY_S", 0.02)
+    assert call(settings, "prepare") == (0, Told())
+    until(lambda: not companions(settings))
+    assert len(tried.read_text().splitlines()) == 3
+    assert call(settings, "release") == (0, Told())
 
 
 def test_a_second_start_ends_the_companion_of_the_first(settings: Settings) -> None:

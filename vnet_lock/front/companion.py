@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from vnet_lock.settings import Settings
 
 # What is left to do for a guest that runs here; it raises VnetLockError where that can't be done, and is done
-# again, from its start, where libvirt's daemon went away meanwhile.
+# again, from its start, where libvirt's daemon went away meanwhile or had no time for the guest.
 Finish = Callable[["Domain"], None]
 
 _COMMAND = "vnet-companion"
-# When a daemon that went away is asked again, and when a claim is looked at though nothing happened.
+# When a daemon that went away, or was busy, is asked again, and when a claim is looked at though nothing
+# happened.
 _RETRY_S = 1.0
 _LOOK_S = 10.0
 
@@ -129,7 +130,7 @@ class _Companion:
 
     def _serve(self) -> bool:
         """Whether it was done; False where it needn't be."""
-        from vnet_lock.front.libvirt_client import DEFAULT_URI, Disconnected, Libvirt  # 50 ms
+        from vnet_lock.front.libvirt_client import DEFAULT_URI, Busy, Disconnected, Libvirt  # 50 ms
 
         while True:
             try:
@@ -139,7 +140,7 @@ class _Companion:
                         return False
                     self._finish(domain)
                     return True
-            except Disconnected:
+            except (Disconnected, Busy):
                 time.sleep(_RETRY_S)
                 if not self._is_needed():
                     return False

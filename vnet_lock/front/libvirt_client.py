@@ -37,6 +37,10 @@ class Disconnected(VnetLockError):
     """There is no libvirt daemon at the other end (any more)."""
 
 
+class Busy(VnetLockError):
+    """Something else is done to the guest, and libvirt gave up waiting for its end (after 30 s)."""
+
+
 class State(StrEnum):
     """A guest's state, as ``virsh domstate`` names it."""
 
@@ -446,6 +450,8 @@ def _error_of(error: Any, what: str, is_alive: Callable[[], bool]) -> VnetLockEr
         return Unsupported(message)
     if code == libvirt.VIR_ERR_DEVICE_MISSING:
         return Vanished(message)
+    if code == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+        return Busy(message)
     return VnetLockError(message)
 
 
