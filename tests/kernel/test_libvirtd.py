@@ -247,12 +247,13 @@ def test_a_guest_that_libvirt_is_busy_with_is_told_from_one_that_it_refuses() ->
     qemu = int(Path("/run/libvirt/qemu/g.pid").read_text())
     code = (
         "from vnet_lock.front.libvirt_client import Busy, Libvirt\n"
-        "try: Libvirt().find('g').attach('<interface type=\"user\"/>')\n"
+        "try: Libvirt('qemu:///system').find('g').attach('<interface type=\"user\"/>')\n"
         "except Busy as error: print(error)"
     )
     os.kill(qemu, signal.SIGSTOP)
     try:
-        with subprocess.Popen(["virsh", "-q", "qemu-monitor-command", "g", "--hmp", "info status"]):
+        ask = ["virsh", "-q", "-c", "qemu:///system", "qemu-monitor-command", "g", "--hmp", "info status"]
+        with subprocess.Popen(ask):
             time.sleep(1)
             told = command(sys.executable, "-c", code)
             os.kill(qemu, signal.SIGCONT)

@@ -74,8 +74,14 @@ def newer() -> Daemon | None:
     if not usr:
         return None
     drivers = next(Path(usr).glob("lib/*/libvirt"))
+    # Of libraries those of libvirt alone: its hooks get this, too, and their Python is another one.
+    libraries = Path("/run/newer")
+    libraries.mkdir(exist_ok=True)
+    for path in drivers.parent.glob("libvirt*.so.*"):
+        (libraries / path.name).unlink(missing_ok=True)
+        (libraries / path.name).symlink_to(path)
     environment = {
-        "LD_LIBRARY_PATH": str(drivers.parent),
+        "LD_LIBRARY_PATH": str(libraries),
         "LIBVIRT_DRIVER_DIR": str(drivers / "connection-driver"),
         "LIBVIRT_STORAGE_BACKEND_DIR": str(drivers / "storage-backend"),
     }
