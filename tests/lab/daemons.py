@@ -89,6 +89,19 @@ def newer() -> Daemon | None:
 
 
 @contextmanager
+def followed_by(following: Daemon, sign: signal.Signals) -> Iterator[None]:
+    """The daemon ends by a signal and another comes after it, until the usual one is back."""
+    LIBVIRTD.end(sign)
+    following.begin()
+    try:
+        yield
+    finally:
+        if following is not LIBVIRTD:
+            following.end()
+            LIBVIRTD.begin()
+
+
+@contextmanager
 def killed_at(guest: str, operation: str, *, before_ours: bool = False) -> Iterator[None]:
     """The daemon is killed while it calls the hooks of an operation: after ours, or before it comes to it."""
     path = HOOKS / ("10-kill" if before_ours else "90-kill")

@@ -22,7 +22,7 @@ from tests.lab.contenders import (
     status,
     vnet_lock,
 )
-from tests.lab.daemons import LIBVIRTD, Daemon, newer
+from tests.lab.daemons import LIBVIRTD, Daemon, followed_by, newer
 from tests.lab.machines import Guests, virsh
 from tests.lab.nic import Nic, run, wait_until
 
@@ -62,26 +62,22 @@ def test_libvirtd_restarts_and_no_guest_notices(
     )  # fmt: skip
     assert late.console.ready()["ping"] == "3/3"
     pids = taken.pid, late.pid
-    LIBVIRTD.end(sign)
-    following.begin()
-    assert (taken.pid, late.pid) == pids
-    assert (taken.state, late.state) == ("running", "running")
-    assert [owner_of(vf) for vf in lab.vfs] == ["taken", "late"]
-    assert vnet_lock("gc").returncode == 0
-    assert [owner_of(vf) for vf in lab.vfs] == ["taken", "late"]
-    netdev = lab.vfs[1].netdev
-    assert netdev
-    assert not CONTENDERS["vfio"](guests, lab.vfs[0], "", "other").runs
-    assert taken.console.ask(f"ping {HOST}")["ping"] == "3/3"
-    assert late.console.ask(f"ping {HOST}")["ping"] == "3/3"
-    taken.destroy()
-    late.destroy()
-    wait_until(lambda: lab.vfs[0].netdev, "libvirt gives the VF back")
-    assert [looks(lab, 0), looks(lab, 1)] == before
-    assert [vf["state"] for vf in status().values()] == ["free", "free"]
-    if following is not LIBVIRTD:
-        following.end()
-        LIBVIRTD.begin()
+    with followed_by(following, sign):
+        assert (taken.pid, late.pid) == pids
+        assert (taken.state, late.state) == ("running", "running")
+        assert [owner_of(vf) for vf in lab.vfs] == ["taken", "late"]
+        assert vnet_lock("gc").returncode == 0
+        assert [owner_of(vf) for vf in lab.vfs] == ["taken", "late"]
+        netdev = lab.vfs[1].netdev
+        assert netdev
+        assert not CONTENDERS["vfio"](guests, lab.vfs[0], "", "other").runs
+        assert taken.console.ask(f"ping {HOST}")["ping"] == "3/3"
+        assert late.console.ask(f"ping {HOST}")["ping"] == "3/3"
+        taken.destroy()
+        late.destroy()
+        wait_until(lambda: lab.vfs[0].netdev, "libvirt gives the VF back")
+        assert [looks(lab, 0), looks(lab, 1)] == before
+        assert [vf["state"] for vf in status().values()] == ["free", "free"]
 
 
 def test_a_restart_of_the_daemon_claims_what_running_guests_use(lab: Nic, guests: Guests) -> None:
