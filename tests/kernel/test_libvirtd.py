@@ -261,6 +261,7 @@ def test_a_guest_that_libvirt_is_busy_with_is_told_from_one_that_it_refuses() ->
         os.kill(qemu, signal.SIGCONT)
     assert 'guest "g": ' in told
     assert "cannot acquire state change lock" in told
+    assert told.endswith("; try again\n")
 
 
 def run_as_user(*words: str) -> subprocess.CompletedProcess[str]:

@@ -451,7 +451,7 @@ def _error_of(error: Any, what: str, is_alive: Callable[[], bool]) -> VnetLockEr
     if code == libvirt.VIR_ERR_DEVICE_MISSING:
         return Vanished(message)
     if code == libvirt.VIR_ERR_OPERATION_TIMEOUT:
-        return Busy(message)
+        return Busy(f"{message}; try again")
     return VnetLockError(message)
 
 
