@@ -284,5 +284,5 @@ def _end_daemon(pid_file: Path) -> None:
 
 
 def _end(holder: subprocess.Popen[bytes]) -> None:
-    holder.kill()
-    holder.wait()
+    with holder:  # which closes what is read of it, and waits for its end
+        holder.kill()
