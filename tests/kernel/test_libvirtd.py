@@ -13,7 +13,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -254,7 +253,7 @@ def test_a_guest_that_libvirt_is_busy_with_is_told_from_one_that_it_refuses() ->
     try:
         ask = ["virsh", "-q", "-c", "qemu:///system", "qemu-monitor-command", "g", "--hmp", "info status"]
         with subprocess.Popen(ask):
-            time.sleep(1)
+            eventually(lambda: virsh("domcontrol", "g").stdout.startswith("occupied"))
             told = command(sys.executable, "-c", code)
             os.kill(qemu, signal.SIGCONT)
     finally:
