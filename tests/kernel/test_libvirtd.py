@@ -249,15 +249,15 @@ def test_a_guest_that_libvirt_is_busy_with_is_told_from_one_that_it_refuses() ->
         "try: Libvirt('qemu:///system').find('g').attach('<interface type=\"user\"/>')\n"
         "except Busy as error: print(error)"
     )
+    ask = ["virsh", "-q", "-c", "qemu:///system", "qemu-monitor-command", "g", "--hmp", "info status"]
     os.kill(qemu, signal.SIGSTOP)
-    try:
-        ask = ["virsh", "-q", "-c", "qemu:///system", "qemu-monitor-command", "g", "--hmp", "info status"]
-        with subprocess.Popen(ask):
+    with subprocess.Popen(ask):
+        try:
             eventually(lambda: virsh("domcontrol", "g").stdout.startswith("occupied"))
             told = command(sys.executable, "-c", code)
+        finally:
+            # virsh ends once QEMU has answered it.
             os.kill(qemu, signal.SIGCONT)
-    finally:
-        os.kill(qemu, signal.SIGCONT)
     assert 'guest "g": ' in told
     assert "cannot acquire state change lock" in told
     assert told.endswith("; try again\n")
