@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from tests.kernel.conftest import need
 from tests.kernel.host import LINKS, VNET_LOCK, Host, eventually
 from tests.lab import older
 from tests.lab.contenders import intent_xml, late_xml
-from tests.lab.daemons import AUTOSTARTED, HOOKS, LIBVIRTD, cannot_read_status, killed_at, split
+from tests.lab.daemons import AUTOSTARTED, HOOKS, LIBVIRTD, cannot_read_status, hook_with, killed_at, split
 from tests.lab.machines import virsh
 
 FOLDERS = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
@@ -281,8 +280,7 @@ def user(libvirtd: Host) -> Iterator[None]:
     for name in ("vnet_lock", "filelock"):
         shutil.copytree(Path(find_spec(name).origin).parent, f"/run/lib/{name}")
     hook = HOOKS / "50-vnet-lock"
-    text = re.sub("(?m)^python=.*", "python=/usr/bin/python3", hook.read_text(), count=1)
-    hook.write_text(re.sub("(?m)^path=.*", "path=/run/lib", text, count=1))
+    hook.write_text(hook_with(hook.read_text(), "/usr/bin/python3", "/run/lib"))
     yield
     for path in Path(HOME).rglob("*.pid"):
         with contextlib.suppress(ProcessLookupError, ValueError):

@@ -11,7 +11,6 @@ on a disk of the machine itself. The lab's checkout is on its host's, and nothin
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -24,7 +23,7 @@ import vnet_lock
 from tests.bench.row import Row
 from tests.bench.run import quantity
 from tests.lab.contenders import hostdev_xml, owner_of
-from tests.lab.daemons import HOOKS, LIBVIRTD
+from tests.lab.daemons import HOOKS, LIBVIRTD, hook_with
 from tests.lab.machines import Guests, LibvirtGuest
 from tests.lab.nic import Nic, run, wait_until
 
@@ -49,10 +48,7 @@ def installed(shim: str) -> str:
     """The hook with an interpreter and modules where a package would have them."""
     place = tempfile.mkdtemp()
     shutil.copytree(Path(vnet_lock.__file__).parent, f"{place}/vnet_lock")
-    for name, value in (("python", PYTHON), ("path", place)):
-        shim, count = re.subn(f"(?m)^{name}=.*", f"{name}={value}", shim, count=1)
-        assert count == 1
-    return shim
+    return hook_with(shim, PYTHON, place)
 
 
 def measure(nic: Nic, made: LibvirtGuest) -> dict[str, float]:

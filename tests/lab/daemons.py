@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -86,6 +87,14 @@ def newer() -> Daemon | None:
         "LIBVIRT_STORAGE_BACKEND_DIR": str(drivers / "storage-backend"),
     }
     return Daemon(program=f"{usr}/sbin/libvirtd", environment=environment)
+
+
+def hook_with(shim: str, python: str, path: str) -> str:
+    """A hook file's text, with another interpreter and modules that are elsewhere."""
+    for name, value in (("python", python), ("path", path)):
+        shim, count = re.subn(f"(?m)^{name}=.*", f"{name}={value}", shim, count=1)
+        assert count == 1, f"the hook has no line {name}="
+    return shim
 
 
 @contextmanager
