@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.lab import older
-from tests.lab.vm import HUNG, LOST, Outcome, Vm
+from tests.lab.vm import HUNG, LOST, TRIES_S, Outcome, Vm
 
 
-def end_as(tmp_path: Path, story: str, deadline_s: float = 30) -> Outcome:
+def end_as(tmp_path: Path, story: str, deadline_s: float = 30, tries_s: Sequence[float] = TRIES_S) -> Outcome:
     """The outcome of a VM whose life is ``story``, in shell, in the results directory."""
     results = tmp_path / "results"
     vng = tmp_path / "vng"
     vng.write_text(f"#!/bin/sh\ncd {results}\n{story}\n")
     vng.chmod(0o755)
-    return Vm(["true"], results, deadline_s, vng=str(vng)).run()
+    return Vm(["true"], results, deadline_s, tries_s=tries_s, vng=str(vng)).run()
 
 
 @pytest.mark.parametrize("code", [0, 1, 7])
@@ -44,7 +45,25 @@ def test_a_vm_that_is_lost_before_its_command_ran_is_booted_once_more(tmp_path: 
     outcome = end_as(tmp_path, "[ -e again ] && { : >started; echo 0 >exit-code; }; : >again")
     assert outcome.exit_code == 0
     outcome = end_as(tmp_path, "echo boot >>boots")
-    assert (outcome.exit_code, (tmp_path / "results/boots").read_text().count("boot")) == (LOST, 2)
+    boots = (tmp_path / "results/boots").read_text().count("boot")
+    assert (outcome.exit_code, boots) == (LOST, len(TRIES_S))
+
+
+def test_a_vm_that_hangs_while_it_boots_is_booted_once_more(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hangs_once = "[ -e again ] || { : >again; exec sleep 1000; }; : >started; echo 3 >exit-code"
+    outcome = end_as(tmp_path, hangs_once, tries_s=(0.5, 20))
+    assert (outcome.exit_code, outcome.complaint) == (3, "")
+    assert "lab VM hung: ended after " in capfd.readouterr().out
+    outcome = end_as(tmp_path, "exec sleep 1000", tries_s=(0.1, 0.2))
+    assert outcome.exit_code == LOST
+    assert "s while booting; see " in outcome.complaint
+
+
+def test_a_command_may_take_longer_than_a_boot(tmp_path: Path) -> None:
+    outcome = end_as(tmp_path, ": >started; sleep 2.5; echo 0 >exit-code", tries_s=(2,))
+    assert (outcome.exit_code, outcome.complaint) == (0, "")
 
 
 def test_what_vng_said_last_stands_in_the_complaint_about_a_lost_vm(tmp_path: Path) -> None:
