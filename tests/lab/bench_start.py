@@ -1,6 +1,6 @@
 """`virsh start` of a guest with one VF: without a hook, with vnet-lock's, and with one that does nothing.
 
-    python -m tests.lab.vm --deadline 1800 -- python -u -m tests.lab.bench_start
+    python -m tests.lab.vm --cpus 2 --deadline 1800 -- python -u -m tests.lab.bench_start
 
 In turns, and the middle of each one's times counts; the ratios are what it is for: everything here is
 emulated and slow. What does nothing is the least that a hook in Python can take: a shell at each step of a

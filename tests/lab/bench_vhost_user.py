@@ -1,6 +1,6 @@
 """socket+vhost beside tap+vhost, two guests on one device in one run: a table of what each unit takes.
 
-    python -m tests.lab.vm --deadline 3600 -- python -u -m tests.lab.bench_vhost_user
+    python -m tests.lab.vm --cpus 2 --deadline 2400 -- python -u -m tests.lab.bench_vhost_user
 
 The guests take turns, several times, and the middle of their results counts: ratios are what it is for.
 """
