@@ -188,6 +188,15 @@ def test_start_starts_python_for_what_libvirt_resolved_since(shim: Shim, devices
     assert shim.started_python
 
 
+@pytest.mark.parametrize(
+    "words", ["interface type='direct'", 'interface type="hostdev"', "interface", "source"]
+)
+def test_what_stands_in_the_metadata_hides_no_interface(shim: Shim, words: str) -> None:
+    head = f"<metadata><x:a xmlns:x='urn:x'><{words}/></x:a></metadata>"
+    assert shim.run("start", guest(HOSTDEV, head)) == Ended(0, "", "")
+    assert shim.started_python
+
+
 @pytest.mark.parametrize("operation", ["stopped", "release"])
 def test_an_end_starts_python_only_for_a_guest_with_claims(shim: Shim, operation: str) -> None:
     assert shim.run(operation, guest(HOSTDEV)) == Ended(0, "", "")
