@@ -18,7 +18,8 @@ from vnet_lock.errors import BadInput
 from vnet_lock.front.hook import answer_with
 from vnet_lock.front.libvirt_guest import read_daemon
 from vnet_lock.front.network_hook import perform
-from vnet_lock.model import PciAddress
+from vnet_lock.kernel.processes import read_process
+from vnet_lock.model import PciAddress, Process, State
 from vnet_lock.network_xml import Port, read_port
 from vnet_lock.request import Fixed, Form
 from vnet_lock.session import Session
@@ -194,6 +195,37 @@ def test_a_port_that_is_told_again_of_a_running_guest_is_claimed(host: FakeHost)
         assert hook(host, "port-created", told_of(plug_of(VF0))) == (0, Told())
         (claim,) = ClaimTable(host.settings).read().records
         assert (claim.resource.text, claim.journal) == (f"vf:{VF0}", ())
+
+
+def test_a_port_of_a_running_guest_keeps_its_claim_whatever_began_to_give_it_back(host: FakeHost) -> None:
+    assert hook(host, "port-created", told_of(plug_of(VF0)))[0] == 0
+    leave_releasing(host, None)
+    running(host, "a", VF0)
+    with qemu(host.settings):
+        assert hook(host, "port-created", told_of(plug_of(VF0))) == (0, Told())
+    (claim,) = ClaimTable(host.settings).read().records
+    assert (claim.resource.text, claim.state, claim.worker) == (f"vf:{VF0}", State.ACTIVE, None)
+
+
+def test_what_somebody_is_giving_back_is_no_claim_of_a_new_ports(host: FakeHost) -> None:
+    """Else he would undo it and drop it under the guest that goes on."""
+    host.settings = replace(host.settings, busy_wait_s=0.2)
+    assert hook(host, "port-created", told_of(plug_of(VF0)))[0] == 0
+    leave_releasing(host, read_process(host.settings, os.getppid()))
+    status, told = hook(host, "port-created", told_of(plug_of(VF0)))
+    assert status == 1
+    assert f"is being worked on by pid {os.getppid()}" in told.said[0]
+    leave_releasing(host, None)  # he has gone
+    assert hook(host, "port-created", told_of(plug_of(VF0)))[0] == 0
+    (claim,) = ClaimTable(host.settings).read().records
+    assert claim.state is State.ACTIVE
+
+
+def leave_releasing(host: FakeHost, worker: Process | None) -> None:
+    """The only claim is being given back by that process."""
+    with ClaimTable(host.settings).guarded() as writer:
+        (claim,) = writer.read().records
+        writer.replace(replace(claim, state=State.RELEASING, worker=worker))
 
 
 def test_a_port_that_its_guest_has_is_never_refused(host: FakeHost) -> None:

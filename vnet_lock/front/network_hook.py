@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vnet_lock.claims import ClaimTable
-    from vnet_lock.model import Owner, UseKind
+    from vnet_lock.model import Claim, Owner, UseKind
     from vnet_lock.request import Fixed, Request
     from vnet_lock.session import Grant
 
@@ -88,20 +88,29 @@ def perform(
         if not _has(settings, owner, port.request, UseKind.VFIO):
             session.release_tokens(owner, tokens)
         return
-    stale = Liveness(settings).stale(session.table.read())
-    if any(token not in stale for token in tokens):
+    claims = session.table.read()
+    stale = Liveness(settings).stale(claims)
+    if any(_stands(claim) for claim in claims.records if claim.token in tokens and claim.token not in stale):
         return  # told again
-    # What an earlier start left that nobody gave back must not be given back under this one.
-    session.release_tokens(owner, tokens)
     if _has(settings, owner, port.request, UseKind.VFIO, UseKind.LIBVIRT):
         try:
             session.adopt(owner, [port.request])
         except VnetLockError as error:
             raise TooLate(str(error)) from error
-    elif owner.process is None:
+        return
+    # What an earlier start left that nobody gave back, or somebody is giving back now, must not be given back
+    # under this one.
+    session.release_tokens(owner, tokens)
+    if owner.process is None:
         raise VnetLockError("libvirt's daemon for QEMU guests is gone; start it and then the guest")
-    else:
-        session.activate(session.acquire(owner, [port.request], beside=True))
+    session.activate(session.acquire(owner, [port.request], beside=True))
+
+
+def _stands(claim: Claim) -> bool:
+    """Whether a claim is the port's for good: not one that is being given back, or kept for an arrival."""
+    from vnet_lock.model import State
+
+    return claim.state is State.ACTIVE or (claim.state is State.RESERVED and not claim.reservation)
 
 
 def _has(settings: Settings, owner: Owner, request: Fixed, *kinds: UseKind) -> bool:
