@@ -173,7 +173,7 @@ class Session:
         All or nothing; no device is touched. ``acquire`` for the same guest takes it over. What the guest
         has here already stays, but for an earlier reservation. Raises as ``acquire`` does.
         """
-        requests = tuple(requests)
+        requests = self._outlook.resolve(requests)
         if not requests or self._unclaimed(requests, owner):
             return ()
         until_s = processes.read_uptime_s() + self.settings.reservation_s
@@ -284,8 +284,8 @@ class Session:
     def release(self, owner: Owner, keep: Collection[str] = ()) -> None:
         """Undo, wait until the devices are free, and drop the claims of a guest; again is no error.
 
-        ``keep`` names interfaces that stay. Carries on after a failure, and raises one VnetLockError
-        for all of them at the end.
+        ``keep`` names interfaces that stay, and so does what a later start of it has, by another daemon that
+        lives. Carries on after a failure, and raises one VnetLockError for all of them at the end.
         """
         claims = self.table.read().of(owner)
         self.release_tokens(owner, (claim.token for claim in claims if claim.interface not in keep))
@@ -293,8 +293,12 @@ class Session:
     def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
         """As ``release``, of some interfaces of a guest."""
 
+        def is_later(holder: Process | None) -> bool:
+            # The hook of a daemon that was killed goes on, while its guest is started by the next one.
+            return holder not in (None, owner.process) and processes.is_alive(self.settings, holder)
+
         def still(found: tuple[Claim, ...]) -> bool:
-            return all(claim.owner.is_same_guest(owner) for claim in found)
+            return all(one.owner.is_same_guest(owner) and not is_later(one.owner.process) for one in found)
 
         self._back.give_all(dict.fromkeys(tokens), still)
 

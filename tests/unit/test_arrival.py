@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_host import FakeHost
+from tests.fake_host import FakeHost, build
 from vnet_lock.claims import ClaimTable
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Refused
 from vnet_lock.front.arrival import receive
+from vnet_lock.front.hook import Call, perform
 from vnet_lock.front.libvirt_guest import read_owner
 from vnet_lock.model import Owner, State
 from vnet_lock.request import Fixed
@@ -103,6 +104,27 @@ def test_a_link_whose_name_is_anothers_here_has_another(host: FakeHost) -> None:
     assert b"managed='no'" in written
     host.nic("a-net0")
     assert b"<target dev='g" in arrive(host, "a", guest("a", LATE))
+
+
+@pytest.mark.parametrize("words", ["policy='veb' pool='blue'", "policy='veb'"])
+@pytest.mark.parametrize("interface", [LATE, DIRECT])
+def test_a_pool_and_a_default_are_this_hosts(host: FakeHost, words: str, interface: str) -> None:
+    config = Path(host.settings.config_path)
+    config.parent.mkdir(parents=True)
+    config.write_text('[pools.blue]\npf = ["enp1s0"]\nvfs = "1"\n[defaults.veb]\npool = "blue"\n')
+    config.chmod(0o644)
+    arrive(host, "a", guest("a", interface, words))
+    assert held(host) == {VF1: ("a", State.RESERVED)}
+
+
+def test_a_guest_that_has_nothing_but_a_bridge_gets_that_of_this_host(host: FakeHost) -> None:
+    host.nic("br-here", uevent="DEVTYPE=bridge\nINTERFACE=br-here\n")
+    build(host.root, {"sys/class/net/br-here/bridge/": ""})
+    bridge = LATE.replace("ethernet", "bridge").replace("managed='no'", "")
+    xml = guest(
+        "a", bridge.replace("<target", "<source bridge='br-there'/><target"), "policy='veb' dev='br-here'"
+    )
+    assert b"<source bridge='br-here'/>" in perform(Call(host.settings, DAEMON, "a", "migrate", xml), Session)
 
 
 def test_what_this_host_cannot_give_in_the_same_form_is_refused_and_leaves_nothing(host: FakeHost) -> None:

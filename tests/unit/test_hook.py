@@ -18,6 +18,7 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hook import Call, answer, perform
+from vnet_lock.front.libvirt_guest import read_owner
 from vnet_lock.model import Owner, OwnerKind, Process, Resource
 from vnet_lock.request import Assignment, Fixed, Intent, Plan, Refusal, Request
 from vnet_lock.session import Grant, Session
@@ -417,6 +418,32 @@ def test_a_late_stopped_of_an_earlier_daemon_says_nothing_of_the_next_start(
     status_file(host, "a", there=False)
     assert libvirt.call("b", "prepare", VF0) == 1
     assert libvirt.held() == {V0: "a"}
+
+
+def test_a_late_release_of_an_earlier_daemon_takes_nothing_from_the_next_start(
+    libvirt: Libvirt, host: FakeHost
+) -> None:
+    """The daemon was killed while the hook ran; it is gone, or not quite."""
+    assert libvirt.call("a", "prepare", VF0) == 0
+    call = Call(host.settings, DAEMON - 1, "a", "release", guest("a", VF0))
+    for _ in range(2):
+        assert answer(call, Session, Told()) == 0
+        assert libvirt.held() == {V0: "a"}
+        host.process(DAEMON - 1, "libvirtd")
+    assert libvirt.call("a", "release", VF0) == 0
+    assert libvirt.held() == {}
+
+
+def test_init_is_no_daemon_of_libvirts_but_where_it_runs_guests(host: FakeHost) -> None:
+    """A hook's parent is init once its daemon was killed, and a claim of init's would be one for ever."""
+    host.process(1, "init")
+    call = Call(host.settings, 1, "a", "prepare", guest("a", VF0))
+    with pytest.raises(VnetLockError, match="is gone"):
+        perform(call, Session)
+    assert ClaimTable(host.settings).read().records == ()
+    host.settings = replace(host.settings, proc="/proc")
+    owner = read_owner(host.settings, "a", UUIDS["a"], 1)
+    assert owner.process is None
 
 
 def test_a_guest_that_starts_anew_after_a_killed_release_is_held_again(libvirt: Libvirt) -> None:

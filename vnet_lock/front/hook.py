@@ -172,7 +172,9 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
     if call.operation in ("start", "reconnect"):
         # What an intent got was made and claimed at prepare; here it could only be planned a second time.
         requests = tuple(request for request in requests if isinstance(request, Fixed))
-    if not requests:
+    is_arrival = call.operation in ("migrate", "restore")
+    # What of an arriving guest is no request, such as a bridge, may have another name here.
+    if not requests and not is_arrival:
         return b""
     owner = read_owner(call.settings, call.guest, found.uuid, call.daemon_pid)
     if owner.process is None:
@@ -180,7 +182,7 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
     session = open_session(call.settings)
     if call.operation == "prepare":
         _prepare(session, owner, requests, call.settings)
-    elif call.operation in ("migrate", "restore"):
+    elif is_arrival:
         from vnet_lock.front import arrival  # 3 ms
 
         return arrival.receive(session, call.xml, owner, call.operation)

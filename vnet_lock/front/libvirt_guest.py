@@ -10,26 +10,34 @@ from vnet_lock.model import Inventory, Owner, OwnerKind, PciAddress, Process
 from vnet_lock.request import Fixed
 from vnet_lock.settings import Settings
 
+_INIT_PID = 1
+
 
 def read_owner(settings: Settings, name: str, uuid: str, daemon_pid: int | None = None) -> Owner:
     """The guest as owner: the daemon while it starts, and QEMU by the lock on its pid file afterwards.
 
-    ``daemon_pid`` is the pid of the daemon that runs the guest; without it, it is asked for. BadInput where
-    that is no name or no UUID.
+    ``daemon_pid`` is the pid of the daemon that runs the guest, as its hook sees it; without it, it is asked
+    for. BadInput where that is no name or no UUID.
     """
     if not name or "/" in name:
         raise BadInput(f"{name!r} is no name of a guest")
     if not uuid:
         raise BadInput(f'the XML of guest "{name}" has no uuid')
-    daemon = read_daemon(settings) if daemon_pid is None else processes.read_process(settings, daemon_pid)
     return Owner(
         kind=OwnerKind.LIBVIRT,
         name=name,
         boot_id=processes.read_boot_id(settings),
         uuid=uuid,
-        process=daemon,
+        process=read_daemon(settings) if daemon_pid is None else _read_caller(settings, daemon_pid),
         pid_file=f"{settings.libvirt_run}/qemu/{name}.pid",
     )
+
+
+def _read_caller(settings: Settings, pid: int) -> Process | None:
+    """A hook's parent where that is a daemon: once it was killed, init is, which never ends."""
+    if pid == _INIT_PID and read_daemon(settings) != processes.read_process(settings, pid):
+        return None
+    return processes.read_process(settings, pid)
 
 
 def read_daemon(settings: Settings) -> Process | None:
