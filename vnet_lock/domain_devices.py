@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import dataclass, replace
@@ -28,20 +28,31 @@ _DIRECT_FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """A network interface or host device of a guest: libvirt's alias, the MAC, and its key among claims."""
+    """A network interface or host device of a guest: libvirt's alias, the MAC, and what it is called without.
+
+    ``opened`` is the device that libvirt opens for it, as it is claimed at the guest's start; None where it
+    names none.
+    """
 
     alias: str
     mac: str
     key: str
+    opened: Fixed | None = None
 
 
 def read_plugged(xml: bytes) -> tuple[Plugged, ...]:
-    """What a guest has; of a running guest each has an alias."""
+    """What a guest has; of a running guest each has an alias. BadInput as of ``read_opened``."""
     root, keys = parse(xml), _Keys()
-    found = (item for name in ("interface", "hostdev") for item in root.iterfind(f"devices/{name}"))
+    opened = dict(_read_each(root, {}))
     return tuple(
-        Plugged(attribute(item, "alias", "name"), attribute(item, "mac", "address").lower(), keys.name(item))
-        for item in found
+        Plugged(
+            alias=attribute(item, "alias", "name"),
+            mac=attribute(item, "mac", "address").lower(),
+            key=keys.name(item),
+            opened=opened.get(item),
+        )
+        for name in ("interface", "hostdev")
+        for item in root.iterfind(f"devices/{name}")
     )
 
 
@@ -55,8 +66,11 @@ def read_opened(root: Element, policies: Mapping[str, Policy]) -> tuple[Fixed, .
 
     BadInput where it names no device.
     """
+    return tuple(fixed for _, fixed in _read_each(root, policies))
+
+
+def _read_each(root: Element, policies: Mapping[str, Policy]) -> Iterator[tuple[Element, Fixed]]:
     keys = _Keys()
-    fixed: list[Fixed] = []
     for element in root.iterfind("devices/interface"):
         kind = element.get("type")
         if kind == "hostdev":
@@ -64,15 +78,17 @@ def read_opened(root: Element, policies: Mapping[str, Policy]) -> tuple[Fixed, .
             mac = read_mac(element, f"interface {key}")
             vlan, policy = _read_vlan(element), policies.get(key)
             address = _read_host_address(element, key)
-            fixed.append(Fixed(key, address, Form.HOSTDEV, mac, vlan=vlan, policy=policy))
+            yield element, Fixed(key, address, Form.HOSTDEV, mac, vlan=vlan, policy=policy)
         elif kind == "direct":
             key = keys.name(element)
-            fixed.append(replace(_read_direct(element, key), policy=policies.get(key)))
+            yield element, replace(_read_direct(element, key), policy=policies.get(key))
     for element in root.iterfind("devices/hostdev"):
         if element.get("type") == "pci" and element.get("mode", "subsystem") == "subsystem":
             key = keys.name(element)
-            fixed.append(Fixed(key, _read_host_address(element, key), Form.HOSTDEV, is_interface=False))
-    return tuple(fixed)
+            yield (
+                element,
+                Fixed(key, _read_host_address(element, key), Form.HOSTDEV, is_interface=False),
+            )
 
 
 def _read_direct(element: Element, key: str) -> Fixed:

@@ -12,11 +12,13 @@ import pytest
 from tests.fake_host import VFIO, FakeHost
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Backend
+from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import domains
 from vnet_lock.front.cli import main, parser
 from vnet_lock.front.command import serve
 from vnet_lock.front.libvirt_client import Disconnected, Libvirt
+from vnet_lock.front.libvirt_guest import read_owner
 from vnet_lock.front.resolver import resolve_alone
 from vnet_lock.model import Claim, Mode, PciAddress, Resource, State
 from vnet_lock.request import Fixed, Request
@@ -461,6 +463,107 @@ def test_detaching_what_libvirt_has_lost_gives_back_its_claim(host, plug, guest)
     guest.devices.pop()
     assert plug("detach", "web1", "ua-net1")[0] == 0
     assert claims(host) == []
+
+
+USB = "<hostdev type='usb'><source><vendor id='1'/></source><alias name='hostdev0'/></hostdev>"
+PLAIN = (
+    "<hostdev mode='subsystem' type='pci' managed='yes'><source><address bus='1' slot='16' function='{}'/>"
+    "</source>{}</hostdev>"
+)
+TEAM = (
+    "<interface type='user'><mac address='52:54:00:00:00:09'/><alias name='net0'/></interface>",
+    (
+        "<interface type='hostdev' managed='yes'><mac address='52:54:00:00:00:09'/><source><address"
+        " type='pci' bus='1' slot='16' function='0'/></source><alias name='hostdev0'/></interface>"
+    ),
+)
+
+
+def start_by_hook(host: FakeHost, guest: FakeDomain, *devices: str) -> None:
+    """The guest runs with these devices, which libvirt's hook has claimed."""
+    guest.devices = list(devices)
+    host.add_process(60, "libvirtd")
+    session, owner = Session(host.settings), read_owner(host.settings, "web1", UUID, 60)
+    session.acquire(owner, read_guest(guest.read_xml().encode()).requests)
+
+
+def test_detaching_a_usb_stick_leaves_the_vf_claimed_whose_claim_has_its_alias(host, plug, guest):
+    start_by_hook(host, guest, USB, PLAIN.format(0, "<alias name='hostdev1'/>"))
+    assert [each.interface for each in claims(host)] == ["hostdev0"]
+    assert plug("detach", "web1", "hostdev0")[0] == 0
+    assert len(guest.devices) == 1
+    assert [each.state for each in claims(host)] == [State.ACTIVE]
+    # The stick is gone, and its alias is still none of the VF's.
+    code, _, err = plug("detach", "web1", "hostdev0")
+    assert (code, "has no interface hostdev0" in err) == (2, True)
+    assert [each.state for each in claims(host)] == [State.ACTIVE]
+
+
+def test_detaching_a_vf_gives_back_its_claim_whatever_that_is_called(host, plug, guest):
+    start_by_hook(host, guest, USB, PLAIN.format(0, "<alias name='hostdev1'/>"))
+    assert plug("detach", "web1", "hostdev1")[0] == 0
+    assert guest.devices == [USB]
+    assert claims(host) == []
+
+
+@pytest.mark.parametrize(("alias", "left"), [("net0", 1), ("hostdev0", 0)])
+def test_of_a_team_with_one_mac_only_the_vf_has_the_vfs_claim(host, plug, guest, alias, left):
+    start_by_hook(host, guest, *TEAM)
+    assert plug("detach", "web1", alias)[0] == 0
+    assert [each.state for each in claims(host)] == [State.ACTIVE] * left
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_of_two_hostdevs_of_files_each_gives_back_its_own(host, plug, guest, tmp_path, gone):
+    path = tmp_path / "device.xml"
+    for function in (0, 2):
+        path.write_text(PLAIN.format(function, ""))
+        assert plug("attach", "web1", str(path))[0] == 0
+    # As libvirt has them from now on.
+    guest.devices = [PLAIN.format(2 * n, f"<alias name='hostdev{n}'/>") for n in (0, 1)]
+    assert plug("detach", "web1", f"hostdev{gone}")[0] == 0
+    (found,) = claims(host)
+    assert (found.resource, found.state) == (Resource.vf(host.vfs[1 - gone]), State.ACTIVE)
+
+
+def test_of_two_macvtaps_on_one_device_each_gives_back_its_own(host, plug, guest):
+    text = (
+        "<interface type='direct'><mac address='52:54:00:00:00:0{0}'/><source dev='wire0' mode='vepa'/>"
+        "<alias name='net{0}'/></interface>"
+    )
+    start_by_hook(host, guest, text.format(1), text.format(2))
+    assert plug("detach", "web1", "net1")[0] == 0
+    assert [each.mac for each in claims(host)] == ["52:54:00:00:00:02"]
+
+
+def test_detaching_a_late_interface_gives_back_what_was_made_for_it(host, plug, guest):
+    guest.devices = ["<interface type='ethernet'><alias name='ua-net1'/></interface>", USB]
+    host.add_process(60, "libvirtd")
+    owner = read_owner(host.settings, "web1", UUID, 60)
+    wire0 = Resource.nic("wire0")
+    for token, key in (("a" * 16, "ua-net1"), ("b" * 16, "hostdev0")):
+        host.claim(Claim(wire0, Mode.SHARED, State.ACTIVE, owner, token, key, 0.0))
+    assert plug("detach", "web1", "ua-net1")[0] == 0
+    assert [each.interface for each in claims(host)] == ["hostdev0"]
+
+
+def test_what_libvirt_has_lost_is_given_back_by_its_mac_too(host, plug, guest):
+    """Its alias was libvirt's own, and tells nothing any more."""
+    start_by_hook(host, guest, *TEAM)
+    guest.devices = []
+    assert plug("detach", "web1", "52:54:00:00:00:09".upper())[0] == 0
+    assert claims(host) == []
+
+
+def test_what_comes_back_while_it_is_detached_stays_claimed(host, plug, guest):
+    start_by_hook(host, guest, PLAIN.format(0, "<alias name='hostdev0'/>"))
+
+    def detach_alias(_alias: str) -> None:
+        guest.devices = [PLAIN.format(0, "<alias name='hostdev1'/>")]
+
+    guest.detach_alias = detach_alias
+    assert plug("detach", "web1", "hostdev0")[0] == 0
+    assert [each.state for each in claims(host)] == [State.ACTIVE]
 
 
 def test_what_a_guest_does_not_let_go_of_stays_claimed(host, plug, guest):

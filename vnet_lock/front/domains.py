@@ -19,11 +19,11 @@ from uuid import uuid4
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
-from vnet_lock.domain_document import read_identity
+from vnet_lock.domain_document import ALIAS, read_identity
 from vnet_lock.domain_rewrite import Form, with_uuid, write_interface
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
-from vnet_lock.front.libvirt_guest import read_daemon, read_owner
+from vnet_lock.front.libvirt_guest import find_tokens, read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one, planned_anew
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
@@ -119,14 +119,19 @@ def detach(settings: Settings, args: Namespace, connect: Connect | None = None) 
         wanted = args.interface.lower()
         found = next((one for one in _plugged(domain) if wanted in (one.alias.lower(), one.mac)), None)
         if found is not None:
+            # Before it is gone: its network device may have another name then.
+            tokens = _tokens_of(session, owner, found)
             libvirt.listen(domain)
             with _about_interface(args.interface), suppress(Vanished):  # just now
                 domain.detach_alias(found.alias)
                 _wait_until_gone(libvirt, domain, found.alias, args.timeout)
-        keys = {found.key, found.alias} if found else {args.interface}
-        held = {claim.interface for claim in session.table.read().of(owner)}
-        session.release(owner, keep=held - keys)
-    if found is None and held.isdisjoint(keys):
+        else:
+            tokens = _tokens_named(session, owner, args.interface)
+        if tokens:
+            # A claim isn't called as libvirt calls its device, which may be there under another alias.
+            tokens -= {token for one in _plugged(domain) for token in _tokens_of(session, owner, one)}
+        session.release_tokens(owner, sorted(tokens))
+    if found is None and not tokens:
         raise BadInput(
             f'guest "{domain.name}" has no interface {args.interface}; see: virsh domiflist {domain.name}'
         )
@@ -200,6 +205,26 @@ def _claim_words(
         return alias, write_interface(alias, form), grants
 
     return planned_anew(take)
+
+
+def _tokens_of(session: Session, owner: Owner, plugged: Plugged) -> set[str]:
+    """The tokens of what a guest has claimed for an interface: for its device, or under the user's alias.
+
+    libvirt's own alias tells nothing, as it comes after the claim, nor does a MAC, which a team shares.
+    """
+    tokens: set[str] = set()
+    if plugged.opened is not None:
+        tokens.update(find_tokens(session.settings, session.table, owner, plugged.opened))
+    if ALIAS.fullmatch(plugged.alias):
+        claims = session.table.read().of(owner)
+        tokens.update(claim.token for claim in claims if claim.interface == plugged.alias)
+    return tokens
+
+
+def _tokens_named(session: Session, owner: Owner, word: str) -> set[str]:
+    """The tokens of what a guest has claimed under a name or for a MAC address."""
+    claims = session.table.read().of(owner)
+    return {claim.token for claim in claims if claim.interface == word or claim.mac == word.lower()}
 
 
 @contextmanager
