@@ -566,6 +566,35 @@ def test_what_comes_back_while_it_is_detached_stays_claimed(host, plug, guest):
     assert [each.state for each in claims(host)] == [State.ACTIVE]
 
 
+def test_an_empty_word_detaches_nothing(host, plug, guest):
+    start_by_hook(host, guest, PLAIN.format(0, "<alias name='hostdev0'/>"))
+    code, _, err = plug("detach", "web1", "")
+    assert (code, err) == (
+        2, "vnet-lock: '' is no alias and no MAC address of an interface; see: virsh dumpxml web1\n",
+    )  # fmt: skip
+    assert len(guest.devices) == 1
+    assert [each.state for each in claims(host)] == [State.ACTIVE]
+
+
+def test_a_mac_that_several_interfaces_have_detaches_none_and_names_them(host, plug, guest):
+    start_by_hook(host, guest, *TEAM)
+    code, _, err = plug("detach", "web1", "52:54:00:00:00:09")
+    assert code == 2
+    assert err == (
+        'vnet-lock: guest "web1" has several interfaces 52:54:00:00:00:09; name one by its alias: net0,'
+        " hostdev0\n"
+    )
+    assert guest.devices == list(TEAM)
+    assert [each.state for each in claims(host)] == [State.ACTIVE]
+
+
+def test_of_two_aliases_that_differ_in_case_the_one_that_is_named_is_detached(plug, guest):
+    guest.devices = [f"<interface type='user'><alias name='{one}'/></interface>" for one in ("ua-A", "ua-a")]
+    left = guest.devices[:1]
+    assert plug("detach", "web1", "ua-a")[0] == 0
+    assert guest.devices == left
+
+
 def test_what_a_guest_does_not_let_go_of_stays_claimed(host, plug, guest):
     assert plug("attach", "web1", *WORDS)[0] == 0
     guest.lets_go = False

@@ -112,12 +112,13 @@ def attach(settings: Settings, args: Namespace, connect: Connect | None = None) 
 
 def detach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Unplug an interface, by its alias or MAC; what it had is given back once the guest has let go of it."""
+    if not args.interface:  # a device without a MAC has this one
+        raise BadInput(f"'' is no alias and no MAC address of an interface; see: virsh dumpxml {args.guest}")
     with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         session = Session(settings)
         owner = _owner_of(settings, domain.name, domain.uuid)
-        wanted = args.interface.lower()
-        found = next((one for one in _plugged(domain) if wanted in (one.alias.lower(), one.mac)), None)
+        found = _find_plugged(domain, args.interface)
         if found is not None:
             # Before it is gone: its network device may have another name then.
             tokens = _tokens_of(session, owner, found)
@@ -305,6 +306,19 @@ def _connect(uri: str | None) -> Libvirt:
 
 def _plugged(domain: Domain) -> tuple[Plugged, ...]:
     return read_plugged(domain.read_xml().encode())
+
+
+def _find_plugged(domain: Domain, word: str) -> Plugged | None:
+    """The interface with an alias or MAC; None where there is none, BadInput where several are called so."""
+    there = _plugged(domain)
+    found = [one for one in there if one.alias == word]
+    found = found or [one for one in there if word.lower() in (one.alias.lower(), one.mac)]
+    if len(found) > 1:
+        aliases = ", ".join(one.alias for one in found)
+        raise BadInput(
+            f'guest "{domain.name}" has several interfaces {word}; name one by its alias: {aliases}'
+        )
+    return found[0] if found else None
 
 
 def _mac_of(domain: Domain, alias: str) -> str:
