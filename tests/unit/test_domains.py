@@ -440,6 +440,22 @@ def test_what_cannot_be_attached_is_said(host, plug, words, code, said):
     assert claims(host) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--mode", "private"), ("--dev", "eth0"), ("--pool", "a"), ("--port", "sriov"), ("--ip", "192.0.2.7"),
+        ("--vlan", "42"), ("--mac", "junk"), ("--queues", "2"), ("--protocols", "tap"), ("--dhcp", "on"),
+        ("--alias", "ua-mine"), ("--teaming", "ua-net0"), ("--form", "late"), ("--form", "full"),
+    ],
+)  # fmt: skip
+def test_a_file_and_words_beside_it_are_refused(host, plug, guest, tmp_path, words):
+    path = tmp_path / "device.xml"
+    path.write_text(PLAIN.format(0, ""))
+    code, _, err = plug("attach", "web1", str(path), *words)
+    assert (code, err) == (2, "vnet-lock: attach takes a FILE.xml, or --mode and --dev, not both\n")
+    assert (len(guest.devices), claims(host)) == (1, [])
+
+
 def test_nothing_is_attached_to_a_guest_that_does_not_run(plug, guest):
     guest.is_active = False
     code, _, err = plug("attach", "web1", *WORDS)

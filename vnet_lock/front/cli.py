@@ -146,7 +146,7 @@ def _add_libvirt_verbs(add: _Verbs) -> None:
     verb.add_argument(
         "--teaming", type=_alias, metavar="ALIAS", help="the interface that stands by for the VF"
     )
-    _add_form(verb)
+    _add_form(verb, default=None)  # a file comes without it
     _add_connect(verb)
 
     verb = add("detach", "unplug an interface of a running libvirt guest, and give back what it had")
@@ -156,9 +156,9 @@ def _add_libvirt_verbs(add: _Verbs) -> None:
     _add_connect(verb)
 
 
-def _add_form(verb: argparse.ArgumentParser) -> None:
+def _add_form(verb: argparse.ArgumentParser, default: str | None = "full") -> None:
     verb.add_argument(
-        "--form", choices=("full", "late"), default="full", help="chosen now (default), or at each start"
+        "--form", choices=("full", "late"), default=default, help="chosen now (default), or at each start"
     )
 
 

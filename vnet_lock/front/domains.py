@@ -86,6 +86,8 @@ def start(settings: Settings, args: Namespace, connect: Connect | None = None) -
 
 def attach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Plug an interface into a running guest: one of a file, or one that is chosen."""
+    if args.interface is not None and _has_words(args):
+        raise BadInput("attach takes a FILE.xml, or --mode and --dev, not both")
     with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         if not domain.is_active:
@@ -192,11 +194,11 @@ def _claim_words(
     assert isinstance(intent, Intent)  # noqa: S101 - words ask for nothing else
     mac = _mac_of(domain, args.teaming) if args.teaming else intent.mac or random_mac()
     intent = replace(intent, interface=alias, mac=mac, teaming=args.teaming or "")
-    if intent.teaming and (intent.backends != (Backend.VFIO,) or args.form != "full"):
+    if intent.teaming and (intent.backends != (Backend.VFIO,) or args.form == "late"):
         raise BadInput("--teaming is for a VF that the guest has itself: add --protocols=vfio")
 
     def take() -> tuple[str, str, tuple[Grant, ...]]:
-        form = choose_one(session, intent, owner) if args.form == "full" else ""
+        form = "" if args.form == "late" else choose_one(session, intent, owner)
         if isinstance(form, Form):
             xml = write_interface(alias, replace(form, mac=intent.mac))
             fixed = [replace(one, policy=intent.policy) for one in _read_device(xml)]
@@ -302,6 +304,12 @@ def _connect(uri: str | None) -> Libvirt:
 
 
 # --- words ----------------------------------------------------------------------------------------
+
+
+def _has_words(args: Namespace) -> bool:
+    """Whether attach is told how to choose: all that it takes beside these serves for that."""
+    others = ("verb", "guest", "interface", "connect")
+    return any(given is not None for word, given in vars(args).items() if word not in others)
 
 
 def _plugged(domain: Domain) -> tuple[Plugged, ...]:
