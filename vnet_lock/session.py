@@ -281,26 +281,26 @@ class Session:
 
     # --- giving back --------------------------------------------------------------------------
 
-    def release(self, owner: Owner, keep: Collection[str] = ()) -> None:
+    def release(self, owner: Owner) -> None:
         """Undo, wait until the devices are free, and drop the claims of a guest; again is no error.
 
-        ``keep`` names interfaces that stay, and so does what a later start of it has, by another daemon that
-        lives. Carries on after a failure, and raises one VnetLockError for all of them at the end.
+        What a later start of it has, by another daemon that lives, stays. Carries on after a failure, and
+        raises one VnetLockError for all of them at the end.
         """
-        claims = self.table.read().of(owner)
-        self.release_tokens(owner, (claim.token for claim in claims if claim.interface not in keep))
-
-    def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
-        """As ``release``, of some interfaces of a guest."""
 
         def is_later(holder: Process | None) -> bool:
             # The hook of a daemon that was killed goes on, while its guest is started by the next one.
             return holder not in (None, owner.process) and processes.is_alive(self.settings, holder)
 
-        def still(found: tuple[Claim, ...]) -> bool:
-            return all(one.owner.is_same_guest(owner) and not is_later(one.owner.process) for one in found)
+        claims = self.table.read().of(owner)
+        self._back.give_all(
+            dict.fromkeys(claim.token for claim in claims),
+            lambda found: _are_of(owner, found) and not any(is_later(one.owner.process) for one in found),
+        )
 
-        self._back.give_all(dict.fromkeys(tokens), still)
+    def release_tokens(self, owner: Owner, tokens: Iterable[str]) -> None:
+        """As ``release``, of some interfaces of a guest, whichever daemon started it."""
+        self._back.give_all(dict.fromkeys(tokens), lambda found: _are_of(owner, found))
 
     def give_back(self, grants: Iterable[Grant]) -> None:
         """Undo and drop what these grants are about, and nothing else that the guest has."""
@@ -455,6 +455,10 @@ class Session:
         if failures:
             raise VnetLockError("an earlier start of this guest can't be undone: " + "; ".join(failures))
         return tuple(tokens)
+
+
+def _are_of(owner: Owner, claims: Iterable[Claim]) -> bool:
+    return all(claim.owner.is_same_guest(owner) for claim in claims)
 
 
 def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
