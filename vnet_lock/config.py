@@ -173,10 +173,11 @@ def _read_text(path: str) -> str | None:
         return None
     except OSError as error:
         raise VnetLockError(f"cannot read {path}: {error.strerror}; run: chmod 644 {path}") from error
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode):  # before open(), which takes no directory
+        os.close(fd)
+        raise BadInput(f"{path} is no regular file; put a file there, or remove it")
     with open(fd, "rb") as file:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
-            raise BadInput(f"{path} is no regular file")
         if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022:
             raise BadInput(f"{path} is not root's alone to write; run: chown root {path}; chmod 644 {path}")
         data = file.read(SIZE_LIMIT_BYTES + 1)
@@ -194,7 +195,11 @@ def _parse(path: str, text: str) -> Config:
 
     try:
         root = loads(text)
-    except TOMLDecodeError as error:
+    except RecursionError as error:
+        raise BadInput(f"{path}: it is nested too deeply") from error
+    except ValueError as error:
+        if not isinstance(error, TOMLDecodeError):  # int()'s own
+            raise BadInput(f"{path}: a number in it has too many digits") from error
         said = re.fullmatch(r"(.*) \(at (?:line ([0-9]+), column [0-9]+|end of document)\)", str(error), re.S)
         line = said[2] if said and said[2] else str(text.rstrip("\n").count("\n") + 1)
         raise BadInput(f"{path}:{line}: {said[1] if said else error}") from error
@@ -287,7 +292,7 @@ def _line_of(text: str, keys: tuple[str, ...]) -> int:
     tomllib tells no lines. But of a file that is right each whole beginning is right, too: this finds the
     longest one that doesn't have the key yet.
     """
-    from tomllib import TOMLDecodeError, loads
+    from tomllib import loads
 
     lines = text.split("\n")
     without, end = 0, len(lines)
@@ -297,7 +302,7 @@ def _line_of(text: str, keys: tuple[str, ...]) -> int:
         while length < end and found is None:
             try:
                 found = loads("\n".join(lines[:length]))
-            except TOMLDecodeError:  # inside a statement of several lines
+            except (ValueError, RecursionError):  # inside a statement of several lines
                 length += 1
         if found is not None and _look_up(found, keys) is None:
             without = length

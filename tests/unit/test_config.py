@@ -195,6 +195,31 @@ def test_what_is_no_file_of_text_is_bad_input(tmp_path: Path) -> None:
     os.mkfifo(path)
     with pytest.raises(BadInput, match="is no regular file"):
         read_config(settings)
+    os.unlink(path)
+    os.mkdir(path)  # as a container's bind mount makes one
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(BadInput, match="is no regular file; put a file there, or remove it"):
+        read_config(settings)
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"a = {'9' * 5000}", "a number in it has too many digits"),
+        (f"a = {'[' * 1200}", "it is nested too deeply"),
+    ],
+)
+def test_what_no_parser_bears_is_as_wrong_as_a_syntax_error(host: FakeHost, text: str, said: str) -> None:
+    owner = host.owner(GUEST, "web")
+    claim = Claim(Resource.vf(host.vfs[0]), Mode.EXCLUSIVE, State.ACTIVE, owner, "a" * 16, "n", 0.0, pf=PF_A)
+    host.claim(claim)
+    path = write(host, text)
+    with pytest.raises(BadInput, match=f"^{path}: {said}$"):
+        read_config(host.settings)
+    assert tuned(host.settings) is host.settings
+    Session(host.settings).release(owner)
+    assert not ClaimTable(host.settings).read().records
 
 
 @pytest.mark.parametrize("text", ["0", "0-3,6", "1,3,5-7", "0-65534"])
