@@ -16,6 +16,8 @@ from vnet_lock.qemu_words import NETWORKS, Option, Properties, split_options
 from vnet_lock.request import Intent
 
 _KEYS = ("id", "mode", "dev", "pool", "port", "protocols", "mac", "vlan", "queues", "ip", "dhcp")
+# Those that may be there several times, or have a JSON list.
+_LISTS = ("dev", "ip")
 # What -nic host takes beside them: properties of the device that it makes.
 _NIC_KEYS = ("model", "addr", "bus", "bootindex", "vectors")
 _NOT_PCI = frozenset(("virtio-net-device", "virtio-net-ccw", "usb-net", "ne2k_isa", "spapr-vlan", "lan9118"))
@@ -85,10 +87,10 @@ def read_argv(args: Sequence[str]) -> QemuArgv:
     return QemuArgv(
         options=options,
         hosts=tuple(hosts),
-        name=Properties.parse(last["name"], "guest").get("guest") if "name" in last else None,
+        name=Properties.parse_words(last["name"], "guest").get("guest") if "name" in last else None,
         daemonize=any(option.name == "daemonize" for option in options),
         pidfile=last.get("pidfile"),
-        run_as=last.get("runas") or Properties.parse(last.get("run-with", ""), "").get("user"),
+        run_as=last.get("runas") or Properties.parse_words(last.get("run-with", ""), "").get("user"),
     )
 
 
@@ -165,9 +167,13 @@ def _check_keys(option: Option, network: Properties) -> None:
     for key, value in network.items:
         if key not in (*known, "type"):
             raise BadInput(f'{option.text}: unknown key "{key}"; known: {", ".join(known)}')
-        if value is None or value == "":
+        given = value if isinstance(value, list) and key in _LISTS else [value]
+        if not given or any(one is None or one == "" for one in given):
             raise BadInput(f"{option.text}: {key} has no value; write {key}=…")
-        if key in seen and key not in ("dev", "ip"):
+        if any(isinstance(one, list | dict) for one in given):
+            kinds = "one value or a list of them" if key in _LISTS else "one value"
+            raise BadInput(f"{option.text}: {key} takes {kinds}")
+        if key in seen and key not in _LISTS:
             raise BadInput(f"{option.text}: {key}= is there twice; leave one")
         seen.add(key)
     if {"dev", "pool"} <= seen:

@@ -72,13 +72,22 @@ class Properties:
     @classmethod
     def parse(cls, text: str, implied: str) -> Properties:
         """``implied`` is the key of a first word without "="; ValueError where it is broken JSON."""
-        if text.startswith("{"):
-            from json import loads  # 3 ms, and rare
+        if not text.startswith("{"):
+            return cls.parse_words(text, implied)
+        from json import JSONDecodeError, loads  # 3 ms, and rare
 
-            value = loads(text)
-            return cls(
-                tuple((k, i) for k, v in value.items() for i in (v if isinstance(v, list) else [v])), True
-            )
+        try:
+            return cls(tuple(loads(text).items()), True)
+        except JSONDecodeError:
+            raise
+        except ValueError:  # int()'s own
+            raise ValueError("a number has too many digits") from None
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+    @classmethod
+    def parse_words(cls, text: str, implied: str) -> Properties:
+        """As ``parse``, of an option that QEMU never takes as JSON."""
         words = [word.replace("\0", ",") for word in text.replace(",,", "\0").split(",")] if text else []
         items: list[tuple[str, Any]] = []
         for word in words:

@@ -309,6 +309,15 @@ BAD = [
     (f"{HOST},mac=52:54:00:00:00:01 {DEVICE},mac=52:54:00:00:00:02", "leave one of them"),
     (f"{HOST},protocols=vfio -device usb-net,netdev=net0", "none of its protocols goes with usb-net"),
     ("""-netdev '{"type":"host",'""", "broken JSON"),
+    (f"-netdev '{JSON[:-1]},\"vlan\":[1,2]}}'", "vlan takes one value"),
+    (f"-netdev '{JSON[:-1]},\"mac\":{{}}}}'", "mac takes one value"),
+    ("""-netdev '{"type":"host","id":["net0"],"mode":"vepa"}'""", "id takes one value"),
+    ("""-netdev '{"type":["host"],"id":"net0","mode":"vepa"}'""", "type takes one value"),
+    ("""-netdev '{"type":"host","id":"net0","mode":"vepa","dev":[["a"]]}'""", "one value or a list of them"),
+    ("""-netdev '{"type":"host","id":"net0","mode":"vepa","dev":["a",null]}'""", "dev has no value"),
+    ("""-netdev '{"type":"host","id":"net0","mode":"vepa","dev":[]}'""", "dev has no value"),
+    (f'{HOST} -device \'{{"netdev":"net0","driver":{"[" * 2000}\'', "broken JSON: nested too deeply"),
+    (f'{HOST} -device \'{{"netdev":"net0","x":{"9" * 5000}}}\'', "broken JSON: a number has too"),
     ("-netdev host,id=net0,mode=route,dev=eth0", "mode=route needs the guest's own address: add ip="),
     (f"{HOST},ip=192.0.2.7", "mode=vepa takes no ip="),
     ("-netdev host,id=net0,mode=route,dev=eth0,ip=192.0.2.7/24", "'192.0.2.7/24' is no IP address"),
@@ -359,6 +368,8 @@ def test_one_mac_said_twice_is_one_mac():
         ("-name debug-threads=on,guest=web1 --daemonize -pidfile /x", "web1", True, "/x"),
         ("-name debug-threads=on -pidfile /x --pidfile /y", None, False, "/y"),
         ("-append -daemonize -m 64", None, False, None),
+        ("-name {a}", "{a}", False, None),  # QEMU takes no JSON there
+        ("-name {a -run-with {b", "{a", False, None),
     ],
 )
 def test_what_the_wrapper_must_know_is_found(line, name, daemonize, pidfile):
@@ -382,6 +393,17 @@ def test_splitting_a_line_loses_no_word(line):
 )
 def test_properties_are_written_as_they_were_read(text):
     assert Properties.parse(text, "driver").text == text
+
+
+HOSTFWD = '{"type":"user","id":"n1","hostfwd":[{"str":"tcp::2222-:22"},{"str":"tcp::8080-:80"}]}'
+FDS_OF_RSS = '{"driver":"virtio-net-pci","netdev":"net0","ebpf-rss-fds":["5"],"mac":"52:54:00:aa:bb:cc"}'
+
+
+def test_lists_in_json_stay_lists():
+    for text in (HOSTFWD, FDS_OF_RSS, '{"driver":"x","empty":[]}'):
+        assert Properties.parse(text, "driver").text == text
+    argv = read_argv([*HOST.split(), "-netdev", HOSTFWD, "-device", FDS_OF_RSS])
+    assert rewrite(argv, {"net0": TAP})[2:] == ["-netdev", HOSTFWD, "-device", FDS_OF_RSS]
 
 
 def test_an_older_qemu_is_told_to_connect_again_in_its_own_words():

@@ -47,6 +47,11 @@ def rebuilt(line: str, **more: object) -> tuple[str, str]:
             "-netdev host,id=net0,mode=vepa,port=macvlan,dev=eth0,protocols=tap,queues=2",
         ),
         ("-netdev user,id=net0", "-netdev user,id=net0"),
+        (
+            """-netdev '{"type":"user","id":"n0","hostfwd":[{"str":"tcp::22-:22"},{"str":"tcp::80-:80"}]}'""",
+            '-netdev {"type":"user","id":"n0","hostfwd":[{"str":"tcp::22-:22"},{"str":"tcp::80-:80"}]}',
+        ),
+        (f"-device '{{\"driver\":{'[' * 2000}'", f'-device {{"driver":{"[" * 2000}'),
         ("-netdev tap,id=net0,ifname=t0", "-netdev tap,id=net0,ifname=t0"),
         (
             """-device '{"driver":"vfio-pci","host":"0000:01:10.0","id":"hostdev0","bus":"pci.1"}'""",
