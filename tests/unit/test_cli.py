@@ -267,6 +267,18 @@ def test_gc_heals_what_is_stale_and_nothing_else(host, run):
     assert run("gc")[:2] == (0, "nothing is stale\n")
 
 
+def test_what_a_process_calls_itself_cannot_touch_the_terminal(host, run):
+    host.add_process(50, "\x1b[2J\x1b[31mx\ny")
+    resource = f"vf:{host.vfs[1]}"
+    outputs = [run("claim", resource, "--pid", "50")[1], run("show", resource)[1]]
+    host.remove_process(50)
+    outputs += [run("gc", "--dry-run")[1], run("show", resource)[1], run("reap")[1]]
+    for output in outputs:
+        assert "\x1b" not in output
+        assert "?[2J?[31mx?y" in output
+    assert [output.count("\n") for output in (outputs[0], outputs[2], outputs[4])] == [1, 1, 1]
+
+
 def test_gc_as_json(host, run):
     claim(host, host.vfs[0], 51)
     assert json.loads(run("gc", "--json")[1])["healed"][0]["resources"] == [f"vf:{host.vfs[0]}"]

@@ -106,7 +106,7 @@ def claim(settings: Settings, args: Namespace) -> int:
     made = Administration(settings).claim(
         owner, args.resource, Mode.SHARED if args.shared else Mode.EXCLUSIVE
     )
-    print(f"{made.resource} is claimed ({made.mode}) for {made.owner.text} while it lives")
+    print(report.clean(f"{made.resource} is claimed ({made.mode}) for {made.owner.text} while it lives"))
     return 0
 
 
@@ -189,7 +189,7 @@ def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
     for one in healed:
         what = ", ".join(each.resource.text for each in one.claims)
         verb = "would heal" if dry_run else "could not heal" if one.failures else "healed"
-        print(f"{verb} {what}: left by {one.claims[0].owner.text}")
+        print(report.clean(f"{verb} {what}: left by {one.claims[0].owner.text}"))
 
 
 def vfs(settings: Settings, args: Namespace) -> int:
