@@ -42,6 +42,14 @@ def parse(xml: bytes, tag: str = "domain") -> Element:
     return root
 
 
+def read_text(xml: bytes) -> str:
+    """A document as libvirt's calls take it; BadInput where it has another encoding than theirs."""
+    try:
+        return xml.decode()
+    except UnicodeDecodeError as error:
+        raise BadInput("the XML isn't UTF-8; convert it first: iconv -t UTF-8") from error
+
+
 def _make_builder() -> TreeBuilder:
     from xml.etree.ElementTree import TreeBuilder
 

@@ -23,7 +23,7 @@ from vnet_lock.errors import BadInput, Refused, Unsupported
 from vnet_lock.front import wrapper
 from vnet_lock.model import PciAddress, Resource
 from vnet_lock.request import Intent, Plan, Refusal, RefusalKind
-from vnet_lock.settings import DEFAULT
+from vnet_lock.settings import DEFAULT, Settings
 
 HOST = ("-netdev", "host,id=net0,mode=vepa,dev=eth0", "-device", "virtio-net-pci,netdev=net0")
 
@@ -504,6 +504,17 @@ def test_where_a_stream_is_closed_no_descriptor_of_ours_takes_its_place(run, clo
     streams = read_text(run.folder / "streams").splitlines()
     assert len(streams) == 3
     assert streams.count("/dev/null") >= closed.count("&-")
+
+
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "utf-16"])
+@pytest.mark.parametrize("words", [[], ["--print"]])
+def test_a_guest_in_another_encoding_is_bad_input_before_anything_is_made(tmp_path, encoding, words):
+    path, root = tmp_path / "guest.xml", tmp_path / "host"
+    text = f"<?xml version='1.0' encoding='{encoding}'?><domain><name>bär</name></domain>"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(BadInput, match="the XML isn't UTF-8; convert it first: iconv"):
+        wrapper.run([*words, str(path)], Settings.under(root), lambda: None, lambda: None)
+    assert not root.exists()
 
 
 @pytest.mark.parametrize(

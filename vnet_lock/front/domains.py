@@ -19,7 +19,7 @@ from uuid import uuid4
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
-from vnet_lock.domain_document import ALIAS, read_identity
+from vnet_lock.domain_document import ALIAS, read_identity, read_text
 from vnet_lock.domain_rewrite import Form, with_uuid, write_interface
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
@@ -55,7 +55,7 @@ def define(settings: Settings, args: Namespace, connect: Connect | None = None) 
     with (connect or _connect)(args.connect) as libvirt:
         found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
         with _naming(found.forms):
-            domain = libvirt.define(_text(found.xml))
+            domain = libvirt.define(read_text(found.xml))
     _remark(found)
     print(f'guest "{domain.name}" is defined{_summary(found.forms)}')
     return 0
@@ -78,7 +78,7 @@ def start(settings: Settings, args: Namespace, connect: Connect | None = None) -
             if domain is not None and found.xml == xml:
                 domain.start(args.paused)
             else:
-                domain = libvirt.create(_text(with_uuid(found.xml, str(owner.uuid))), args.paused)
+                domain = libvirt.create(read_text(with_uuid(found.xml, str(owner.uuid))), args.paused)
     _remark(found)
     print(f'guest "{domain.name}" is started{_summary(found.forms)}')
     return 0
@@ -160,7 +160,7 @@ def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[R
 
 def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
     """Claim what a device that is written already names; its key, its XML, and what was claimed."""
-    text = _text(xml)
+    text = read_text(xml)
     if text.lstrip().startswith("<?xml"):
         text = text.partition("?>")[2]
     plugged = read_plugged(_as_guest(text))
@@ -335,13 +335,6 @@ def _mac_of(domain: Domain, alias: str) -> str:
         if one.alias == alias and one.mac:
             return one.mac
     raise BadInput(f'guest "{domain.name}" has no interface {alias}; see: virsh dumpxml {domain.name}')
-
-
-def _text(xml: bytes) -> str:
-    try:
-        return xml.decode()
-    except UnicodeDecodeError as error:
-        raise BadInput("the XML isn't UTF-8; convert it first: iconv -t UTF-8") from error
 
 
 def _wait_until_gone(libvirt: Libvirt, domain: Domain, alias: str, timeout_s: float) -> None:

@@ -14,6 +14,7 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from vnet_lock.domain_document import read_text
 from vnet_lock.domain_xml import Guest, read_wishes
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.program import ENDING
@@ -40,6 +41,7 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     """
     xml = read_file(path)
     guest, _ = read_wishes(xml)
+    read_text(xml)  # libvirt would be asked only when all is claimed
     _refuse_macvtaps(guest)
     name = guest.name
     root = f"{settings.lib}/embed/{name}"
@@ -146,7 +148,7 @@ def _configuration(path: str) -> bytes:
 
 def _create(libvirt: Libvirt, xml: bytes) -> Domain:
     libvirt.listen()
-    return libvirt.create(xml.decode())
+    return libvirt.create(read_text(xml))
 
 
 def _wait(libvirt: Libvirt, domain: Domain, ended: list[int], log: str) -> None:
