@@ -117,7 +117,11 @@ def name_of(resource: Resource) -> str:
 
 def is_ifname(text: str) -> bool:
     """Whether the kernel takes this as a device's name (dev_valid_name, net/core/dev.c)."""
-    return 0 < len(text.encode()) < 16 and text not in (".", "..") and not re.search(r"[/:\s\0]", text)
+    try:
+        length = len(text.encode())
+    except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
+        return False
+    return 0 < length < 16 and text not in (".", "..") and not re.search(r"[/:\s\0]", text)
 
 
 def parse_address(text: str) -> str:

@@ -505,6 +505,22 @@ def test_an_empty_word_is_shown_as_one(run, verb):
     assert (code, "''" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("plan", "--mode", "veb", "--dev", "eth\udcff"), 2),
+        (("status", "eth\udcff"), 2),
+        (("vfs", "eth\udcff"), 2),
+        (("show", "nic:eth\udcff"), 2),
+        (("matrix", "--dev", "eth\udcff"), 0),  # which says of each combination why it is not ready
+    ],
+)
+def test_a_name_that_no_device_can_have_is_told_as_any_other(run, words, status):
+    code, out, err = run(*words)
+    assert (code, bool(out)) == (status, status == 0)
+    assert "eth" in err or not status
+
+
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31m", "\udcff", "x" * 101])
 def test_a_name_that_would_spoil_a_line_is_bad_input(host, run, name):
     code, _, _ = run("claim", f"vf:{host.vfs[0]}", "--pid", str(os.getpid()), "--name", name)

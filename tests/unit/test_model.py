@@ -81,7 +81,15 @@ def test_what_is_no_resource_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "is_one"),
-    [("eth0", True), ("a" * 15, True), ("a" * 16, False), ("ä" * 8, False), ("a b", False), (".", False)],
+    [
+        ("eth0", True),
+        ("a" * 15, True),
+        ("a" * 16, False),
+        ("ä" * 8, False),
+        ("a b", False),
+        (".", False),
+        ("eth\udcff", False),
+    ],
 )
 def test_names_of_devices_are_those_that_the_kernel_takes(name: str, is_one: bool) -> None:
     assert is_ifname(name) is is_one
