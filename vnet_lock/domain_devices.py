@@ -107,7 +107,7 @@ def _read_direct(element: Element, key: str) -> Fixed:
 def _read_vlan(element: Element) -> int | None:
     """The VLAN that libvirt will set; what it doesn't take is its own to refuse."""
     text = attribute(element, "vlan/tag", "id")
-    return int(text) if text.isdecimal() and 0 < int(text) < 4095 else None
+    return int(text) if re.fullmatch("[0-9]{1,10}", text) and 0 < int(text) < 4095 else None
 
 
 def _read_host_address(element: Element, key: str) -> PciAddress:

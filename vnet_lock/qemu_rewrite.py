@@ -5,6 +5,7 @@ Never looks at the host, opens or runs anything; the words come from how each ne
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol, assert_never
 
@@ -161,8 +162,13 @@ def _after_buses(argv: QemuArgv, device: Properties) -> Properties:
     """
     if device.is_json or not any(one.name == "device" and one.value.startswith("{") for one in argv.options):
         return device
-    items = ((key, int(value) if key in _NUMBERS else value) for key, value in device.items)
+    items = ((key, _number(value) if key in _NUMBERS else value) for key, value in device.items)
     return Properties(tuple(items), is_json=True)
+
+
+def _number(value: object) -> object:
+    """As JSON has it; what is no number is QEMU's to refuse."""
+    return int(value) if isinstance(value, str) and re.fullmatch("-?[0-9]{1,10}", value) else value
 
 
 def _device(nic: Nic, intent: Intent, connection: Connected) -> Properties:

@@ -66,6 +66,15 @@ def test_every_example_fits_libvirts_schema(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("tag", ["0", "4095", "x", "9" * 5000])
+def test_a_vlan_of_libvirts_own_that_is_none_is_libvirts_to_refuse(tag: str) -> None:
+    xml = (XML / "hostdev-interface.xml").read_text()
+    assert '<tag id="42"' in xml.replace("'", '"')
+    (found,) = read_guest(xml.replace("42", tag).encode()).requests
+    assert isinstance(found, Fixed)
+    assert found.vlan is None
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_is_read(path: Path) -> None:
     guest = read_guest(path.read_bytes())

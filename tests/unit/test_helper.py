@@ -130,7 +130,7 @@ def test_beside_a_socket_help_is_no_success(words, tmp_path):
         assert ours.recv(1) == b""
 
 
-@pytest.mark.parametrize("text", ["x", "-1", "1.5", "", "٣", "1_0", "99999999999999999999", "1048575"])
+@pytest.mark.parametrize("text", ["x", "-1", "1.5", "", "٣", "1_0", "9" * 20, "1048575", "9" * 5000])
 @pytest.mark.parametrize("target", ["fd", "socketpair"])
 def test_what_is_no_descriptor_is_refused(text, target, tmp_path):
     with pytest.raises(BadInput, match=r"has no value|is not the number of an open socket"):
@@ -310,6 +310,8 @@ def test_a_command_gets_what_it_has_places_for(line, command, backends):
         ("", "x {{fd}}", "COMMAND has no {fd}"),
         ("--queues=2", "x {fd2}", "COMMAND has {fd2}, but the queues are numbered 0 to 1"),
         ("", "x {fd} {vhostfd1}", "COMMAND has {vhostfd1}"),
+        ("", f"x {{fd{'9' * 5000}}}", "but the queues are numbered 0 to 0"),
+        ("", "x {fd00}", "COMMAND has {fd00}"),
         ("--protocols=tap", "x {fd} {vhostfd}", "nothing that fits {fd}, {vhostfd}"),
         ("--raw", "x {fd} {vhostfd}", "nothing that fits"),
         ("", "x {fd} {path}", "nothing that fits"),

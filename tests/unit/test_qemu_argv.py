@@ -444,3 +444,10 @@ def test_a_device_beside_json_devices_is_json_and_is_made_after_their_buses():
     assert '"netdev":"host0","addr":"0x0","bus":"pci.1","bootindex":1' in rewrite(
         argv, {intent.interface: TAP}
     )[-1].replace('"bus":"pci.1","addr":"0x0"', '"addr":"0x0","bus":"pci.1"')
+
+
+@pytest.mark.parametrize("text", ["first", "9" * 5000])
+def test_what_is_no_number_beside_json_devices_is_qemus_to_refuse(text):
+    bus = '{"driver":"pcie-root-port","id":"pci.1"}'
+    argv = read_argv(["-device", bus, "-nic", f"host,mode=veb,dev=eth0,bus=pci.1,bootindex={text}"])
+    assert f'"bootindex":"{text}"' in rewrite(argv, {argv.intents[0].interface: VFIO})[-1]

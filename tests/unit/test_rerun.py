@@ -51,6 +51,8 @@ def rebuilt(line: str, **more: object) -> tuple[str, str]:
             """-netdev '{"type":"user","id":"n0","hostfwd":[{"str":"tcp::22-:22"},{"str":"tcp::80-:80"}]}'""",
             '-netdev {"type":"user","id":"n0","hostfwd":[{"str":"tcp::22-:22"},{"str":"tcp::80-:80"}]}',
         ),
+        (f"-netdev tap,id=n0,fd={'9' * 5000}", f"-netdev tap,id=n0,fd={'9' * 5000}"),
+        (f"-add-fd set=0,fd={'9' * 5000}", ""),
         (f"-device '{{\"driver\":{'[' * 2000}'", f'-device {{"driver":{"[" * 2000}'),
         ("-netdev tap,id=net0,ifname=t0", "-netdev tap,id=net0,ifname=t0"),
         (

@@ -521,6 +521,7 @@ def test_a_guest_in_another_encoding_is_bad_input_before_anything_is_made(tmp_pa
     ("words", "message"),
     [
         (["--from-pid"], "--from-pid takes the pid"),
+        (["--from-pid", "9" * 5000], "--from-pid takes the pid"),
         (["--from-pid", "x"], "--from-pid takes the pid"),
         (["--from-pid=1", "-m", "1"], "--from-pid takes the pid"),
         (["--from-pid", str(os.getpid())], "is no QEMU"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,7 @@ def _open_socket(text: str, name: str) -> socket.socket:
     """The socket that we were started with; ours from now on."""
     import socket
 
-    if not (text.isascii() and text.isdecimal()):
+    if not re.fullmatch("[0-9]{1,10}", text):
         raise BadInput(f"--{name}={text} is not the number of an open socket")
     try:
         peer = socket.socket(fileno=int(text))

@@ -159,7 +159,7 @@ def _for_command(
         raise BadInput("COMMAND has no {fd}: where is the descriptor's number to stand in it?")
     for place in sorted(places):
         number = place.removeprefix("vhost").removeprefix("fd")
-        if number.isdecimal() and int(number) >= queues:
+        if number.isdecimal() and number not in map(str, range(queues)):
             raise BadInput(f"COMMAND has {{{place}}}, but the queues are numbered 0 to {queues - 1}")
     has_vhost = any(place.startswith("vhostfd") for place in places)
     has_fd = any(place.startswith("fd") for place in places)

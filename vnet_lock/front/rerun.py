@@ -29,6 +29,7 @@ _DROPPED = {
 _PASSING = re.compile(
     r"/(?:var/lib|run|var/run)/libvirt/qemu/(?:channel/(?:target/)?)?(?:domain-)?\d*-[^/,]*/"
 )
+_NUMBER = re.compile("[0-9]{1,10}")
 # QEMU's name for a descriptor that it was given by -add-fd.
 _FDSET = re.compile(r"/(?:dev)/fdset/(\d+)")
 _PROTOCOLS = {
@@ -218,7 +219,7 @@ def _fdsets(
         if option.name == "add-fd":
             own = parsed[at]
             number = own.get("fd") or ""
-            path = running.file_at(int(number)) if number.isdecimal() else None
+            path = running.file_at(int(number)) if _NUMBER.fullmatch(number) else None
             if path:
                 yield own.get("set") or "", path
 
@@ -250,4 +251,4 @@ def _remark_descriptors(option: Option, own: Properties, script: Script) -> None
 
 def _numbers(own: Properties, key: str) -> list[int]:
     text = own.get(f"{key}s") or own.get(key) or ""
-    return [int(word) for word in text.split(":") if word.isdecimal()]
+    return [int(word) for word in text.split(":") if _NUMBER.fullmatch(word)]

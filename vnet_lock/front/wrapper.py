@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -171,7 +172,7 @@ def run(
 def _read_pid(args: Sequence[str]) -> int:
     """The PID of ``--from-pid PID`` or ``--from-pid=PID``, which stands alone."""
     words = args[0].split("=", 1)[1:] + list(args[1:])
-    if len(words) != 1 or not (words[0].isascii() and words[0].isdecimal()):
+    if len(words) != 1 or not re.fullmatch("[0-9]{1,10}", words[0]):
         raise BadInput("--from-pid takes the pid of a running QEMU, and nothing else; see: vnet-qemu --help")
     return int(words[0])
 
