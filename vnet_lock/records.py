@@ -15,6 +15,8 @@ VERSION = 1
 SIZE_LIMIT = 1 << 20
 
 _NAME = re.compile(r"(.+)~([0-9A-Za-z-]{1,64})~([0-9a-f]{16})\.json", re.DOTALL)
+# What JSON can say, and neither a file's name nor an output in UTF-8.
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 # The annotations that a journal's values have, as they are written there. type() is compared, not
 # isinstance(): True is no index.
@@ -158,7 +160,7 @@ def _claim(record: Any) -> Claim:
 
 
 def _owner(record: dict[str, Any]) -> Owner:
-    return Owner(
+    owner = Owner(
         kind=OwnerKind(_take(record, "kind", str)),
         name=_take(record, "name", str),
         boot_id=_take(record, "boot_id", str),
@@ -166,6 +168,10 @@ def _owner(record: dict[str, Any]) -> Owner:
         process=_process(record, "process"),
         pid_file=_take(record, "pid_file", str, type(None)),
     )
+    for text in (owner.name, owner.pid_file or ""):
+        if _NO_TEXT.search(text):
+            raise ValueError(f"its owner has {text!r}, which is no name")
+    return owner
 
 
 def _reservation(record: dict[str, Any]) -> Reservation:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -253,6 +254,10 @@ def with_value(name: str, value: object) -> Callable[[dict[str, object]], object
     return lambda record: record.update({name: value})
 
 
+def with_owners(name: str, value: object) -> Callable[[dict[str, object]], object]:
+    return lambda record: cast(dict[str, object], record["owner"]).update({name: value})
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -270,6 +275,9 @@ def with_value(name: str, value: object) -> Callable[[dict[str, object]], object
         (with_value("worker", {"pid": True, "start_ticks": 1}), "pid is bool"),
         (with_value("worker", {"pid": "1", "start_ticks": 1}), "pid is str"),
         (with_value("owner", {"kind": "libvirt"}), "it has no 'name'"),
+        (with_owners("pid_file", "/run/a\0b"), "its owner has '/run/a\\x00b', which is no name"),
+        (with_owners("pid_file", "/run/\ud800"), "its owner has '/run/\\ud800', which is no name"),
+        (with_owners("name", "web\udcff"), "its owner has 'web\\udcff', which is no name"),
         (with_value("journal", {}), "journal is dict"),
         (with_value("journal", ["x"]), "an entry of the journal is no JSON object"),
         (with_value("journal", [{"kind": "bomb"}]), "it has no 'bomb'"),

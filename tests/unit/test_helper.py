@@ -13,7 +13,7 @@ from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.errors import BadInput, Refused, Unsupported
 from vnet_lock.front import helper, helper_message
 from vnet_lock.front.helper_words import Target, Words, fill, read_intent, read_words
-from vnet_lock.settings import Settings
+from vnet_lock.settings import DEFAULT, Settings
 
 
 def intent_of(line: str, as_json: bool = True):
@@ -321,6 +321,18 @@ def test_a_command_that_could_not_be_filled_is_refused_before_anything_is_made(l
     with pytest.raises(BadInput) as caught:
         command_intent(line, command)
     assert words in str(caught.value)
+
+
+def test_a_commands_name_is_claimed_under_as_it_can_be_shown(monkeypatch, tmp_path):
+    def refuse(settings, owner, *_):
+        raise Refused(owner.name)
+
+    program = tmp_path / "a\udcff\nb"
+    program.touch(0o755)
+    monkeypatch.setattr(helper, "_connected", refuse)
+    monkeypatch.setattr(helper.signal, "signal", lambda *_: None)
+    with pytest.raises(Refused, match=r"^a\?\?b$"):
+        helper.run(["--mode=vepa", "--dev=eth0", "--exec", "--", str(program), "{fd}"], DEFAULT)
 
 
 def test_only_known_places_are_filled():

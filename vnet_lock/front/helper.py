@@ -250,7 +250,8 @@ def _become_command(settings: Settings, words: Words) -> NoReturn:
 
     intent = _read_intent(words)
     path = find_program(words.command[0], "install it, or say where it is")
-    name = os.path.basename(path)
+    # It is part of one-line messages, and of a record.
+    name = "".join(letter if letter.isprintable() else "?" for letter in os.path.basename(path))
     me = processes.this_process(settings)
     owner = Owner(OwnerKind.PROCESS, name, processes.read_boot_id(settings), process=me)
     for number in ENDING:
