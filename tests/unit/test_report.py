@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import sys
+import termios
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +17,7 @@ from tests.fake_host import VFIO, FakeHost
 from vnet_lock.audit import Audit, audit
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Combination, Policy
+from vnet_lock.front import verbs
 from vnet_lock.front.report import Style, plan_text, show_text, status_text
 from vnet_lock.front.report_json import plan_json, show_json, since_iso, status_json
 from vnet_lock.journal import MadeLink, VfAdmin
@@ -174,3 +178,19 @@ def test_a_user_network_is_planned_without_a_device():
 
 def test_since_has_its_time_zone():
     assert since_iso(0) == "1970-01-01T05:30:00+05:30"
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variable", "width"), [(0, None, 80), (0, "132", 132), (100, "132", 100), (20, None, 40)]
+)
+def test_a_table_is_as_wide_as_the_terminal_or_as_columns_says_where_that_does_not_know(
+    terminal, variable, width, monkeypatch
+):
+    ours, theirs = pty.openpty()
+    with os.fdopen(ours, "rb"), os.fdopen(theirs, "w") as stream:
+        termios.tcsetwinsize(stream, (24, terminal))
+        monkeypatch.setattr(sys, "__stdout__", stream)
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if variable:
+            monkeypatch.setenv("COLUMNS", variable)
+        assert verbs._style(stream).width == width

@@ -272,9 +272,14 @@ def _status_output(settings: Settings, found: Audit, as_json: bool) -> str:
 def _style(stream: TextIO) -> report.Style:
     if not stream.isatty():
         return report.PLAIN
+    width = os.get_terminal_size(stream.fileno()).columns
+    if not width:  # a serial console, or a new pty: it doesn't know
+        import shutil  # 5 ms
+
+        width = shutil.get_terminal_size().columns
     return report.Style(
         colour=not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb",
-        width=max(os.get_terminal_size(stream.fileno()).columns, 40),
+        width=max(width, 40),
     )
 
 
