@@ -95,3 +95,21 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(FileNotFoundError):
         serve("vnet-lock", run)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text", "shown"),
+    [("iso-8859-1", "├─ eth0 ä", "?? eth0 ä"), ("utf-8", r"├─ \\udcff", "├─ ?")],
+)
+def test_what_the_output_cannot_have_is_replaced(encoding, text, shown, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", f"{encoding}:strict")
+    call = f"serve('vnet-lock', lambda: print('{text}') or 0)"
+    done = python("from vnet_lock.front.command import serve", call, f"| iconv -f {encoding} -t utf-8")
+    assert (done.stdout, done.stderr) == (f"{shown}\n", "")
+
+
+def test_a_command_is_shown_with_the_bytes_that_were_given(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "utf-8:strict")
+    words = "--print qemu-system-x86_64 -drive file=/tmp/b$'\\xe4'r.img"
+    done = in_shell("vnet-qemu", words, "| iconv -f latin1 -t utf-8")
+    assert (done.stdout, done.stderr) == ("qemu-system-x86_64 -drive 'file=/tmp/bär.img'\n", "")

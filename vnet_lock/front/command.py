@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from errno import EDQUOT, EFBIG, EIO, ENOSPC
+from io import TextIOWrapper
 
 from vnet_lock.errors import VnetLockError
 
@@ -17,9 +18,14 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
-def serve(program: str, run: Callable[[], int]) -> int:
-    """Run a command and return its exit status; what went wrong is one line of ``program``'s on stderr."""
+def serve(program: str, run: Callable[[], int], unencodable: str = "replace") -> int:
+    """Run a command and return its exit status; what went wrong is one line of ``program``'s on stderr.
+
+    ``unencodable`` is what becomes of a letter that its output's encoding doesn't have.
+    """
     _require_streams()
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors=unencodable)
     try:
         try:
             status = run()

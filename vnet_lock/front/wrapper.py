@@ -126,7 +126,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return Session(DEFAULT)
 
     words = sys.argv[1:] if args is None else args
-    return serve(PROGRAM, lambda: run(words, DEFAULT, open_session, open_session))
+    # A command that is shown has the bytes that were given, text or not.
+    return serve(PROGRAM, lambda: run(words, DEFAULT, open_session, open_session), "surrogateescape")
 
 
 def run(
