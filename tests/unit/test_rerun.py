@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
@@ -101,6 +102,16 @@ def test_what_comes_out_is_understood_by_vnet_qemu() -> None:
     assert [(one.interface, one.mac, one.devs) for one in intents] == [
         ("net0", "52:54:00:00:00:01", ("eth0",)),
         ("hostdev0", None, ("0000:01:10.0",)),
+    ]
+
+
+def test_a_name_cannot_end_a_remark() -> None:
+    device = json.dumps({"driver": "vfio-pci", "host": "0000:05:00.0", "id": "x\nreboot\x1b[2J"})
+    running = Running(7, "w\nreboot", lambda _: None, lambda _: None, lambda _: None)
+    script = rebuild(["qemu", "-device", device], running).text("w\nreboot")
+    assert script.splitlines()[:2] == [
+        "# w?reboot",
+        "#   -device x?reboot?[2J: 0000:05:00.0 is no network function; bind it to vfio-pci before",
     ]
 
 

@@ -81,6 +81,8 @@ class Script:
     def text(self, title: str) -> str:
         """As a shell takes it: remarks, then one option a line."""
         lines = [f"# {title}", *(f"#   {remark}" for remark in self.remarks)]
+        # A name in one must not end it: what follows would be a command.
+        lines = ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
         words = [shlex.join(["vnet-qemu", self.program]), *(shlex.join(option) for option in self.options)]
         return "\n".join([*lines, " \\\n    ".join(words)])
 
