@@ -15,8 +15,9 @@ VERSION = 1
 SIZE_LIMIT = 1 << 20
 
 _NAME = re.compile(r"(.+)~([0-9A-Za-z-]{1,64})~([0-9a-f]{16})\.json", re.DOTALL)
-# What JSON can say, and neither a file's name nor an output in UTF-8.
-_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+# What JSON can say, and no name can be; bytes of a path that are no UTF-8 are U+DC80 to U+DCFF (PEP 383).
+_NO_NAME = re.compile("[\0\ud800-\udfff]")
+_NO_PATH = re.compile("[\0\ud800-\udc7f\udd00-\udfff]")
 
 # The annotations that a journal's values have, as they are written there. type() is compared, not
 # isinstance(): True is no index.
@@ -168,8 +169,8 @@ def _owner(record: dict[str, Any]) -> Owner:
         process=_process(record, "process"),
         pid_file=_take(record, "pid_file", str, type(None)),
     )
-    for text in (owner.name, owner.pid_file or ""):
-        if _NO_TEXT.search(text):
+    for pattern, text in ((_NO_NAME, owner.name), (_NO_PATH, owner.pid_file or "")):
+        if pattern.search(text):
             raise ValueError(f"its owner has {text!r}, which is no name")
     return owner
 

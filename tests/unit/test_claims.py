@@ -306,6 +306,12 @@ def test_a_record_with_something_wrong_in_it_is_damaged_and_says_what(
     assert damaged(table) == Damaged(str(path), reason, FULL.resource)
 
 
+def test_a_pid_files_path_may_have_bytes_that_are_no_text(table: ClaimTable) -> None:
+    claim = replace(FULL, owner=replace(FULL.owner, pid_file=os.fsdecode(b"/run/vm\xff.pid")))
+    add(table, claim)
+    assert table.read().records == (claim,)
+
+
 def test_a_record_of_another_guest_than_its_name_says_is_damaged(
     table: ClaimTable, settings: Settings
 ) -> None:

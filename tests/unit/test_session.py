@@ -356,9 +356,9 @@ def test_a_release_that_comes_while_the_claims_are_handed_over_leaves_them_to_th
     assert held(host) == {f"vf:{host.vfs[0]}": "vm60"}
 
 
-def test_keep_names_interfaces_that_stay(host: FakeHost, session: Session) -> None:
-    session.acquire(qemu(WEB), [hostdev(host.vfs[0], "a"), hostdev(host.vfs[1], "b")])
-    session.release(qemu(WEB), keep=["b"])
+def test_one_interface_is_given_back_and_the_others_stay(host: FakeHost, session: Session) -> None:
+    grants = session.acquire(qemu(WEB), [hostdev(host.vfs[0], "a"), hostdev(host.vfs[1], "b")])
+    session.release_tokens(qemu(WEB), [grants[0].token])
     assert held(host) == {f"vf:{host.vfs[1]}": "vm50"}
 
 
