@@ -141,14 +141,15 @@ class Vm:
         """
         deadline = time.monotonic() + self.deadline_s
         say(f"results in {self.results}")
-        for boot_s in self.tries_s:
+        for number, boot_s in enumerate(self.tries_s, 1):
             outcome = self._boot(deadline, min(deadline, time.monotonic() + boot_s))
-            if outcome.exit_code != LOST or self._has_started:
+            is_last = number == len(self.tries_s) or time.monotonic() >= deadline
+            if outcome.exit_code != LOST or self._has_started or is_last:
                 break
             # Nothing of the command has run, so nothing is hidden by another try.
+            say(f"{outcome.complaint}; once more")
             with contextlib.suppress(FileNotFoundError):
                 (self.results / "console.log").replace(self.results / "console-lost.log")
-            say(outcome.complaint)
         return outcome
 
     def _boot(self, deadline: float, boot_deadline: float) -> Outcome:

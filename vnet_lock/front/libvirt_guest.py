@@ -35,9 +35,8 @@ def read_owner(settings: Settings, name: str, uuid: str, daemon_pid: int | None 
 
 def _read_caller(settings: Settings, pid: int) -> Process | None:
     """A hook's parent where that is a daemon: once it was killed, init is, which never ends."""
-    if pid == _INIT_PID and read_daemon(settings) != processes.read_process(settings, pid):
-        return None
-    return processes.read_process(settings, pid)
+    caller = processes.read_process(settings, pid)
+    return None if pid == _INIT_PID and caller != read_daemon(settings) else caller
 
 
 def read_daemon(settings: Settings) -> Process | None:
