@@ -51,10 +51,14 @@ def serve(program: str, run: Callable[[], int], unencodable: str = "replace") ->
 
 def print_error(program: str, error: VnetLockError | str) -> None:
     """One line on stderr, whatever a name in it contains."""
-    line = " ".join(str(error).split())
-    shown = "".join(each if each.isprintable() else "?" for each in line)
+    line = printable(" ".join(str(error).split()))
     with suppress(OSError):  # nobody listens; the exit status says it, too
-        print(f"{program}: {shown}", file=sys.stderr, flush=True)
+        print(f"{program}: {line}", file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Without what could move a terminal's cursor or end a line: others choose the names that are shown."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
 
 
 def _fail(program: str, message: str, status: int = VnetLockError.exit_code) -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from vnet_lock.combination import Port
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
-from vnet_lock.front.command import print_error, serve
+from vnet_lock.front.command import print_error, printable, serve
 from vnet_lock.front.helper_words import HINT, Target, Words, fill, read_intent, read_words
 from vnet_lock.model import Owner, OwnerKind
 from vnet_lock.request import Intent
@@ -204,8 +204,7 @@ def _acquire(session: Session, owner: Owner, intent: Intent, words: Words) -> tu
 def _explain(lines: Sequence[str]) -> None:
     for line in lines:
         # Names of other processes are in it.
-        shown = "".join(each if each.isprintable() else "?" for each in line)
-        print(f"{_PROGRAM}: {shown}", file=sys.stderr, flush=True)
+        print(f"{_PROGRAM}: {printable(line)}", file=sys.stderr, flush=True)
 
 
 def _close(fds: list[int]) -> None:
@@ -251,7 +250,7 @@ def _become_command(settings: Settings, words: Words) -> NoReturn:
     intent = _read_intent(words)
     path = find_program(words.command[0], "install it, or say where it is")
     # It is part of one-line messages, and of a record.
-    name = "".join(letter if letter.isprintable() else "?" for letter in os.path.basename(path))
+    name = printable(os.path.basename(path))
     me = processes.this_process(settings)
     owner = Owner(OwnerKind.PROCESS, name, processes.read_boot_id(settings), process=me)
     for number in ENDING:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.audit import Audit, Finding, ResourceState, Severity, Standing
 from vnet_lock.dataclass import dataclass
+from vnet_lock.front.command import printable
 from vnet_lock.front.report_json import asked_text
 from vnet_lock.journal import to_json
 from vnet_lock.model import Claim, Pf, Resource, ResourceKind, Vf, name_of
@@ -47,7 +48,7 @@ def status_text(audit: Audit, style: Style = PLAIN) -> str:
     widths = _fit(rows, style)
     lines: list[str] = []
     for head, rows in blocks:
-        lines.append(style.paint(clean(head), _BOLD))
+        lines.append(style.paint(printable(head), _BOLD))
         lines += [row.line(widths, style) for row in rows]
     if not blocks:
         lines.append("no network device here has SR-IOV, and nothing is claimed")
@@ -58,12 +59,12 @@ def show_text(audit: Audit, resource: Resource, style: Style = PLAIN) -> str:
     """One resource with all that is known of it."""
     state = audit.state_of(resource)
     standing = style.paint(state.standing.value, _COLOURS.get(state.standing, ""))
-    lines = [f"{style.paint(clean(name_of(resource)), _BOLD)}: {standing}"]
+    lines = [f"{style.paint(printable(name_of(resource)), _BOLD)}: {standing}"]
     lines += [f"  {line}" for line in _device_lines(audit, resource)]
     for claim in state.claims:
-        lines.append(f"  {claim.mode} claim, {claim.state}: {clean(_who(audit, claim))}")
-        lines += [f"    {clean(line)}" for line in _claim_lines(claim)]
-    lines += [f"  in use: {clean(user.text)}" for user in state.users]
+        lines.append(f"  {claim.mode} claim, {claim.state}: {printable(_who(audit, claim))}")
+        lines += [f"    {printable(line)}" for line in _claim_lines(claim)]
+    lines += [f"  in use: {printable(user.text)}" for user in state.users]
     findings = [finding for finding in audit.findings if finding.resource == resource.text]
     return "\n".join(lines + _finding_lines(findings, style, gap=False))
 
@@ -72,7 +73,7 @@ def plan_text(found: Plan | Refusal) -> str:
     """What would be done: interface, combination, device; below it each candidate that was passed over."""
     if isinstance(found, Refusal):
         lines = [f"{found.request.interface}: {asked_text(found.request)}: refused"]
-        return "\n".join(map(clean, [*lines, *_rejected_lines(found.rejected)]))
+        return "\n".join(map(printable, [*lines, *_rejected_lines(found.rejected)]))
     if not found.assignments:
         return "nothing to claim: the guest has no interface that needs a device of ours"
     rows = [
@@ -92,7 +93,7 @@ def plan_text(found: Plan | Refusal) -> str:
             one = found.assignments[index - 1]
             lines += [f"  with {item.resource} ({item.mode})" for item in one.wanted[1:]]
             lines += _rejected_lines(one.rejected)
-    return "\n".join(map(clean, lines))
+    return "\n".join(map(printable, lines))
 
 
 def matrix_text(verdicts: Sequence[Verdict]) -> str:
@@ -105,14 +106,14 @@ def matrix_text(verdicts: Sequence[Verdict]) -> str:
             f"ready{f'  {one.device}' if one.device else ''}" if one.is_ready else f"not here: {one.reason}"
         )
         lines.append(f"{one.combination.text.ljust(width)}  {said}")
-    return "\n".join(map(clean, [*lines, f"{ready} of {len(verdicts)} combinations are ready"]))
+    return "\n".join(map(printable, [*lines, f"{ready} of {len(verdicts)} combinations are ready"]))
 
 
 def checks_text(checks: Sequence[Check], style: Style = PLAIN) -> str:
     """A line for each thing that was checked: how it is, and what to do where it isn't ok."""
     colours = {"warning": _YELLOW, "error": _BOLD + _RED}
     return "\n".join(
-        f"{style.paint(one.health.value, colours.get(one.health, ''))}: {one.kind}: {clean(one.message)}"
+        f"{style.paint(one.health.value, colours.get(one.health, ''))}: {one.kind}: {printable(one.message)}"
         for one in checks
     )
 
@@ -121,7 +122,7 @@ def vfs_text(audit: Audit, pf: Pf, style: Style = PLAIN) -> str:
     """One PF with its VFs."""
     head, rows = _pf_block(audit, pf)
     widths = _fit(rows, style)
-    return "\n".join([style.paint(clean(head), _BOLD), *(row.line(widths, style) for row in rows)])
+    return "\n".join([style.paint(printable(head), _BOLD), *(row.line(widths, style) for row in rows)])
 
 
 # --- the tree -----------------------------------------------------------------------------------
@@ -240,7 +241,7 @@ def _row(audit: Audit, branch: _Branch, line: str) -> _Row:
         (claim.combination or "") if claim else "",
         f"since {since_text(claim.since)}" if claim else "",
     )
-    return _Row(tuple(map(clean, cells)), standing)
+    return _Row(tuple(map(printable, cells)), standing)
 
 
 def _who(audit: Audit, claim: Claim) -> str:
@@ -306,10 +307,5 @@ def _finding_lines(findings: Sequence[Finding], style: Style, gap: bool) -> list
     lines = [""] if findings and gap else []
     for finding in findings:
         colour = _BOLD + _RED if finding.severity is Severity.ERROR else _YELLOW
-        lines.append(f"{style.paint(finding.severity.value, colour)}: {clean(finding.message)}")
+        lines.append(f"{style.paint(finding.severity.value, colour)}: {printable(finding.message)}")
     return lines
-
-
-def clean(text: str) -> str:
-    """Without what could move a terminal's cursor: names come from guests and other processes."""
-    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)

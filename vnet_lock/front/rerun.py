@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from vnet_lock.combination import Backend, Combination, Port
 from vnet_lock.dataclass import dataclass, field
+from vnet_lock.front.command import printable
 from vnet_lock.model import Claim, ResourceKind
 from vnet_lock.qemu_words import Option, Properties, split_options
 
@@ -82,7 +83,7 @@ class Script:
         """As a shell takes it: remarks, then one option a line."""
         lines = [f"# {title}", *(f"#   {remark}" for remark in self.remarks)]
         # A name in one must not end it: what follows would be a command.
-        lines = ["".join(each if each.isprintable() else "?" for each in line) for line in lines]
+        lines = [printable(line) for line in lines]
         words = [shlex.join(["vnet-qemu", self.program]), *(shlex.join(option) for option in self.options)]
         return "\n".join([*lines, " \\\n    ".join(words)])
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import report, report_json
+from vnet_lock.front.command import printable
 from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, PciAddress, Pf, Resource
 from vnet_lock.request import Plan, RefusalKind, Request
 from vnet_lock.settings import Settings
@@ -106,7 +107,7 @@ def claim(settings: Settings, args: Namespace) -> int:
     made = Administration(settings).claim(
         owner, args.resource, Mode.SHARED if args.shared else Mode.EXCLUSIVE
     )
-    print(report.clean(f"{made.resource} is claimed ({made.mode}) for {made.owner.text} while it lives"))
+    print(printable(f"{made.resource} is claimed ({made.mode}) for {made.owner.text} while it lives"))
     return 0
 
 
@@ -189,7 +190,7 @@ def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
     for one in healed:
         what = ", ".join(each.resource.text for each in one.claims)
         verb = "would heal" if dry_run else "could not heal" if one.failures else "healed"
-        print(report.clean(f"{verb} {what}: left by {one.claims[0].owner.text}"))
+        print(printable(f"{verb} {what}: left by {one.claims[0].owner.text}"))
 
 
 def vfs(settings: Settings, args: Namespace) -> int:

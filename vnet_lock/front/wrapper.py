@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NoReturn, Protocol
 from vnet_lock.combination import Backend, Combination
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput
-from vnet_lock.front.command import serve
+from vnet_lock.front.command import printable, serve
 from vnet_lock.front.program import become, find_program
 from vnet_lock.front.qemu_features import read_dialect
 from vnet_lock.front.supervisor import PROGRAM, Guest, Lifecycle, run_guest
@@ -161,9 +161,8 @@ def run(
     if command.print_only:
         show(command, argv, open_planner)
         return 0
-    name = command.name or argv.name or os.path.basename(command.program)
     # A name is part of one-line messages.
-    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    name = printable(command.name or argv.name or os.path.basename(command.program))
     guest = Guest(command.program, find_program(command.program, _INSTALL), argv, name)
     if not argv.hosts:
         _become_plain(guest)
