@@ -7,20 +7,19 @@ it does to claims is done by a child, which loads what that takes and ends.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from vnet_lock.claims import ClaimTable
-from vnet_lock.errors import Refused, VnetLockError
+from vnet_lock.errors import VnetLockError
+from vnet_lock.front import resident
 from vnet_lock.front.command import print_error
 from vnet_lock.kernel import inotify
 from vnet_lock.kernel.liveness import Liveness
-from vnet_lock.kernel.processes import is_alive, read_command, read_lock_holder, read_process
+from vnet_lock.kernel.processes import is_alive, read_lock_holder, read_process
 from vnet_lock.model import Claim, OwnerKind, Process
 from vnet_lock.settings import Settings
 
@@ -40,7 +39,10 @@ def follow(settings: Settings, heal: Callable[[], None]) -> int:
     if not _run(lambda: _make_tree(settings)):
         return VnetLockError.exit_code
     _allow_many_descriptors()
-    with _alone(settings), _woken_by_signals() as signals:
+    with (
+        resident.alone(settings, settings.reap_lock_path, "vnet-lock reap --follow"),
+        resident.woken_by_signals() as signals,
+    ):
         _Reaper(settings, heal, signals).run()
     return 0
 
@@ -144,41 +146,6 @@ class _Reaper:
             if descriptor in ready:
                 os.close(self._waited.pop(process))
         return ready
-
-
-@contextmanager
-def _alone(settings: Settings) -> Iterator[None]:
-    """A POSIX lock: its holder's pid can be asked for, it ends with the process, and no child has it."""
-    path = settings.reap_lock_path
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o644)
-    try:
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            pid = read_lock_holder(path) or 0
-            who = f"{read_command(settings, pid)} (pid {pid})" if pid > 0 else "another"
-            raise Refused(
-                f"vnet-lock reap --follow runs already: {who}; one serves the whole host"
-            ) from error
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _woken_by_signals() -> Iterator[int]:
-    """A descriptor that is readable once we are told to end."""
-    read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(write)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: None)
-    try:
-        yield read
-    finally:
-        signal.set_wakeup_fd(-1)
-        os.close(read)
-        os.close(write)
 
 
 def _make_tree(settings: Settings) -> None:
