@@ -90,7 +90,7 @@ bench: setup
 
 # A guest's start with the hook beside one without it; 1 where the hook takes more than it may.
 bench-start: setup
-	$(BENCH_VM) -- python -u -m tests.lab.bench_start
+	$(VM) --counted --deadline $(DEMO_DEADLINE_S) -- python -u -m tests.lab.bench_start
 
 # 1 where socket+vhost takes more than it may.
 bench-vhost: setup

@@ -76,6 +76,16 @@ class Settings:
         """The lock of the one process that follows the claims of this host."""
         return self.run + "/reap.lock"
 
+    @property
+    def hooks_lock_path(self) -> str:
+        """The lock of the one process that serves the hooks of this host."""
+        return self.run + "/hooks.lock"
+
+    @property
+    def hooks_socket_path(self) -> str:
+        """Where it is called; the hook, which doesn't load this, says it in hook_call.SOCKET."""
+        return self.run + "/hooks.sock"
+
     def looked_path(self, pid: int) -> str:
         """The note of libvirt's daemon with this pid that it has looked for hooks; hooks/daemon writes it."""
         return f"{self.run}/{pid}.hooks"

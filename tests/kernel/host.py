@@ -20,7 +20,7 @@ VNET_LOCK, VNET_QEMU, HELPER = (
 )
 RUN = Path("/run/vnet-lock")
 # What stays in it: locks, and the directory of the claims.
-EMPTY_FOR_EVER = ("claims", "guard", "host.lock", "reap.lock")
+EMPTY_FOR_EVER = ("claims", "guard", "hooks.lock", "host.lock", "reap.lock")
 LINKS = ["br0", "lo", "peer0", "up0", "v0", "v1"]
 # A machine that does nothing: its CPU is stopped, so it costs no time of the host's.
 QEMU = "qemu-system-x86_64 -accel tcg -M q35 -m 32 -display none -S"

@@ -7,6 +7,7 @@ counts, and it does that on macvtaps as on VFs.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -19,11 +20,21 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.conftest import need
-from tests.kernel.host import LINKS, VNET_LOCK, Host, eventually
+from tests.kernel.host import LINKS, RUN, VNET_LOCK, Host, children_of, eventually
 from tests.lab import older
 from tests.lab.contenders import intent_xml, late_xml
-from tests.lab.daemons import AUTOSTARTED, HOOKS, LIBVIRTD, cannot_read_status, hook_with, killed_at, split
+from tests.lab.daemons import (
+    AUTOSTARTED,
+    HOOKS,
+    LIBVIRTD,
+    cannot_read_status,
+    hook_with,
+    hooks_served,
+    killed_at,
+    split,
+)
 from tests.lab.machines import virsh
+from vnet_lock.kernel.processes import read_lock_holder
 
 FOLDERS = ("/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
 CONFIGURATION = {
@@ -36,9 +47,9 @@ MAC = "52:54:00:00:00:07"
 USER, HOME = 65534, "/run/user-home"
 
 
-@pytest.fixture(params=["installed", "older"] if older.is_offered() else ["installed"])
+@pytest.fixture(params=["installed", "served", *(["older"] if older.is_offered() else [])])
 def libvirtd(host: Host, request: pytest.FixtureRequest) -> Iterator[Host]:
-    """A host with libvirt's daemon and our hook, and a guest ``g`` that has up0 to itself."""
+    """A host with libvirt's daemon and our hook, served or not, and a guest ``g`` that has up0 to itself."""
     need(shutil.which("libvirtd"), "libvirtd")
     if request.param == "older":
         lower = f"lowerdir={older.unpack()}/usr:/usr"
@@ -51,16 +62,17 @@ def libvirtd(host: Host, request: pytest.FixtureRequest) -> Iterator[Host]:
     for name, text in CONFIGURATION.items():
         Path("/etc/libvirt", name).write_text(text)
     command(VNET_LOCK, "hooks", "install")
-    LIBVIRTD.begin()
-    try:
-        virsh("define", write_guest("g", direct(MAC)))
-        yield host
-    finally:
-        if not LIBVIRTD.is_alive:
-            LIBVIRTD.begin()
-        for name in virsh("list", "--name").stdout.split():
-            virsh("destroy", name, check=False)
-        LIBVIRTD.end()
+    with hooks_served() if request.param == "served" else contextlib.nullcontext():
+        LIBVIRTD.begin()
+        try:
+            virsh("define", write_guest("g", direct(MAC)))
+            yield host
+        finally:
+            if not LIBVIRTD.is_alive:
+                LIBVIRTD.begin()
+            for name in virsh("list", "--name").stdout.split():
+                virsh("destroy", name, check=False)
+            LIBVIRTD.end()
 
 
 def write_guest(name: str, interface: str, metadata: str = "") -> str:
@@ -235,6 +247,36 @@ def test_split_daemons_protect_what_guests_have_and_may_be_killed(libvirtd: Host
         assert is_clean(libvirtd)
         virsh("start", "--paused", "g")
         assert owners(libvirtd) == ["g"]
+
+
+def has_guard_open(pid: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return any(os.readlink(path) == f"{RUN}/guard" for path in Path(f"/proc/{pid}/fd").iterdir())
+    return False
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("libvirtd", ["served"], indirect=True)
+@pytest.mark.parametrize("killed", ["nobody", "the server", "who answers"])
+def test_a_hook_that_another_process_answers_has_its_answer_or_refuses(libvirtd: Host, killed: str) -> None:
+    server = read_lock_holder(f"{RUN}/hooks.lock")
+    argv = ["virsh", "-q", "-c", "qemu:///system", "start", "--paused", "g"]
+    with open(RUN / "guard", "w") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as start:
+            (answering,) = eventually(lambda: [pid for pid in children_of(server) if has_guard_open(pid)])
+            if killed != "nobody":
+                os.kill(server if killed == "the server" else answering, signal.SIGKILL)
+            fcntl.flock(guard, fcntl.LOCK_UN)
+            _, said = start.communicate(timeout=60)
+    if killed == "who answers":
+        assert start.returncode == 1
+        assert "the hook's Python ended with status 3; see: vnet-lock doctor" in said
+        assert is_clean(libvirtd)
+        virsh("start", "--paused", "g")
+    assert owners(libvirtd) == ["g"]
+    virsh("destroy", "g")
+    assert is_clean(libvirtd)
 
 
 @pytest.mark.timeout(300)

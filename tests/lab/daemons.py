@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.lab.machines import VNET_LOCK
 from tests.lab.nic import run, wait_until
 
 RUN = Path("/run/libvirt")
@@ -87,6 +88,19 @@ def newer() -> Daemon | None:
         "LIBVIRT_STORAGE_BACKEND_DIR": str(drivers / "storage-backend"),
     }
     return Daemon(program=f"{usr}/sbin/libvirtd", environment=environment)
+
+
+@contextmanager
+def hooks_served() -> Iterator[int]:
+    """The server of our hooks, for as long as this lasts; its pid."""
+    argv = [VNET_LOCK, "hooks", "serve"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == "ready for libvirt's calls\n"
+            yield server.pid
+        finally:
+            server.terminate()
 
 
 def hook_with(shim: str, python: str, path: str) -> str:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.kernel.host import children_of
 from tests.lab.contenders import hostdev_xml, late_xml, owner_of, status, vnet_lock
+from tests.lab.daemons import hooks_served
 from tests.lab.machines import Guests, virsh
 from tests.lab.nic import Nic, run, wait_until
 
@@ -196,6 +198,14 @@ def test_under_apparmor_the_hook_works_with_the_distributions_python_and_no_othe
         assert lab.uppers(str(vf.netdev)) == ["confined-tap"]
         made.destroy()
         assert owner_of(vf) is None
+        assert not os.listdir("/run/vnet-lock/claims")
+        with hooks_served() as server:
+            ready = children_of(server)
+            made.start()
+            assert owner_of(vf) == "confined"
+            made.destroy()
+            # It was asked, at the start and twice at the end.
+            assert not set(children_of(server)) & set(ready)
         assert not os.listdir("/run/vnet-lock/claims")
         # The doctor judges the Python that it would install.
         code, found = check_with(usual)

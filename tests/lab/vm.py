@@ -73,6 +73,10 @@ class Vm:
     # Two emulated CPUs wait for each other more than they work: beside another VM, on two cores, one boots in
     # 23 s, two boot in 65 s. And now and then one of two loses its timer, and what runs on it stands still.
     cpus: int = 1
+    # Its clock counts instructions, 4 ns each: what it measures doesn't depend on how busy the machine is.
+    counted: bool = False
+    # More of the kernel's command line.
+    kernel_words: Sequence[str] = ()
     # What the NICs' switch leads to, as QEMU's -netdev without its id.
     cable: str = ""
     tries_s: Sequence[float] = TRIES_S
@@ -121,7 +125,8 @@ class Vm:
             # The root once more, for the inside script to mount with a cache: vng's own has none.
             "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
             "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",
-            "--append", "intel_iommu=on",
+            *(["--qemu-opts=-icount shift=2"] if self.counted else []),
+            "--append", " ".join(("intel_iommu=on", *self.kernel_words)),
             *console,
             *inside,
         ]  # fmt: skip
@@ -303,6 +308,8 @@ def main() -> int:
     parser.add_argument("--results", type=Path, metavar="DIR", help="default: a new one below .lab/results")
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE")
     parser.add_argument("--cpus", type=int, default=1, metavar="N", help="more for who has the machine alone")
+    parser.add_argument("--counted", action="store_true", help="its clock counts instructions")
+    parser.add_argument("--kernel", action="append", default=[], metavar="WORD", help="for its command line")
     parser.add_argument("--cable", default="", help="QEMU's -netdev behind the NICs' switch")
     parser.add_argument("--older", action="store_true", help="with the release's own libvirt, see older.py")
     parser.add_argument("--shell", action="store_true", help="an interactive shell in the VM")
@@ -318,6 +325,8 @@ def main() -> int:
             options.deadline,
             environment,
             cpus=options.cpus,
+            counted=options.counted,
+            kernel_words=options.kernel,
             cable=options.cable,
             older=older.unpack(LAB) if options.older else None,
         )

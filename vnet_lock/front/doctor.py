@@ -11,7 +11,7 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.config import Config, format_indices, read_config
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import VnetLockError
-from vnet_lock.front import hooks_install
+from vnet_lock.front import hook_call, hook_server, hooks_install
 from vnet_lock.front.hooks_install import HookFile, HookState
 from vnet_lock.kernel import confinement, programs
 from vnet_lock.kernel.confinement import HOOKS_OF, Daemon
@@ -149,6 +149,7 @@ def _look_at_hooks(settings: Settings) -> Found:
             yield Health.ERROR, file.text
     if all(file.state is HookState.INSTALLED for file in files):
         yield _try_hook(files[0].path)
+    yield from _look_at_server(settings)
 
 
 def _try_hook(path: str) -> tuple[Health, str]:
@@ -167,6 +168,20 @@ def _try_hook(path: str) -> tuple[Health, str]:
     if done.returncode or said:
         return Health.ERROR, f"{path} fails: {said[-1] if said else f'exit status {done.returncode}'}"
     return Health.OK, "the hooks are in place, and run"
+
+
+def _look_at_server(settings: Settings) -> Found:
+    """Whether the hooks ask the one that serves them."""
+    package, own = hook_server.find_package(settings), hook_call.PACKAGE.decode()
+    if package == own:
+        yield Health.OK, "vnet-lock hooks serve is ready for libvirt's calls"
+    elif package:
+        yield (
+            Health.WARNING,
+            f"vnet-lock hooks serve is of {package}, and not asked by hooks of {own}; end it, and begin ours",
+        )
+    elif package == "":
+        yield Health.WARNING, "vnet-lock hooks serve is not ready; end it, and begin it again"
 
 
 def _look_at_daemons(settings: Settings) -> Found:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from vnet_lock.errors import Refused
 from vnet_lock.kernel.processes import read_command, read_lock_holder
+from vnet_lock.locks import os_failure
 from vnet_lock.settings import Settings
 
 
@@ -20,7 +21,10 @@ def alone(settings: Settings, path: str, what: str) -> Iterator[None]:
     A POSIX lock: its holder's pid can be asked for, it ends with the process, and no child has it.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(path, flags, 0o644)
+    try:
+        descriptor = os.open(path, flags, 0o644)
+    except OSError as error:
+        raise os_failure("open the lock file", path, error) from error
     try:
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -207,6 +207,10 @@ def vfs(settings: Settings, args: Namespace) -> int:
 
 def hooks(settings: Settings, args: Namespace) -> int:
     """Our files among libvirt's hooks; ``status`` fails where they aren't as they should be."""
+    if args.action == "serve":
+        from vnet_lock.front.hook_server import follow
+
+        return follow(settings)
     from vnet_lock.front import hooks_install
 
     if args.action == "status":
