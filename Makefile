@@ -15,15 +15,15 @@ ARGS :=
 # So wide that a failed test's reason stands beside its name at the end.
 export COLUMNS := 250
 
-.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-libvirt test-lab-long test-lab-older lab-shell demo
-.PHONY: bench bench-datapath bench-start bench-vhost lint clean
+.PHONY: help setup test $(RINGS) test-lab-datapath test-lab-libvirt test-lab-long test-lab-older test-lab-selinux
+.PHONY: lab-shell demo bench bench-datapath bench-start bench-vhost lint clean
 
 help:
 	@echo 'make demo        the main job, shown in a VM with an SR-IOV NIC'
 	@echo 'make test        all tests; test-unit, test-kernel, test-lab: one ring'
 	@echo 'make lab-shell   a shell in that VM'
 	@echo 'make bench       speed and memory'
-	@echo 'make test-lab-long   what takes an hour more: a daemon killed anywhere, the full form, migration, save'
+	@echo 'make test-lab-long   what takes an hour more: a daemon killed anywhere, the full form, migration, save, SELinux'
 	@echo 'make test-lab-older  the life of libvirt guests, with the libvirt of Debian 12 itself'
 	@echo 'make bench-start     virsh start with the hook beside without'
 	@echo 'make bench-vhost     socket+vhost beside tap+vhost on one device'
@@ -51,7 +51,7 @@ test-kernel: setup
 # Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; what takes longer than a CI
 # has is marked long. With ARGS one VM has all of it. Emulated CPUs below emulated CPUs now and then stop a guest for
 # longer than it bears: a test that fails is run once more, and the end says which.
-IN_LAB = $(VM) $(LIBVIRT) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
+IN_LAB = $(VM) $(HOST) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
 	--env COLUMNS="$$COLUMNS" -- sh -c \
 	'exec python -m pytest -p no:cacheprovider -v -rR --reruns 1 --durations=15 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
 lab_tests = $(patsubst %,tests/lab/test_%.py,$(1))
@@ -71,11 +71,18 @@ test-lab-datapath: setup
 test-lab-libvirt: setup
 	$(IN_LAB) -m 'not long' $(LAB_LIBVIRT) $(ARGS)
 
-test-lab-long: setup
-	$(IN_LAB) -m long tests/lab $(ARGS)
+LAB_SELINUX := $(call lab_tests,selinux)
+
+test-lab-long: setup test-lab-selinux
+	$(IN_LAB) -m long $(filter-out $(LAB_SELINUX),$(wildcard tests/lab/test_*.py)) $(ARGS)
+
+# In the place of AppArmor.
+test-lab-selinux: HOST := --kernel security=selinux --kernel enforcing=0
+test-lab-selinux: setup
+	$(IN_LAB) $(LAB_SELINUX)
 
 # With the libvirt that Debian 12 itself has, 9.0, in the place of its backports' one.
-test-lab-older: LIBVIRT := --older
+test-lab-older: HOST := --older
 test-lab-older: setup
 	$(IN_LAB) $(call lab_tests,daemon life) $(ARGS)
 

@@ -162,6 +162,8 @@ def _try_hook(path: str) -> tuple[Health, str]:
             words, input=_NOBODY, capture_output=True, text=True, errors="replace", check=False,
             timeout=_HOOK_S, cwd="/", env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"},
         )  # fmt: skip
+    except PermissionError:
+        return Health.ERROR, f"{path} can't be run: permission denied; see what is said of confinement"
     except (OSError, subprocess.TimeoutExpired) as error:
         return Health.ERROR, f"{path} can't be run: {error}; do: vnet-lock hooks install"
     said = done.stderr.strip().splitlines()

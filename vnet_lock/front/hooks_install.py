@@ -116,7 +116,9 @@ def _read_file(settings: Settings, driver: str) -> HookFile:
         raise VnetLockError(f"cannot read {path}: {error.strerror}; run as root") from error
     if not any(line.startswith(_MARKER) for line in text.splitlines()[:3]):
         return HookFile(path, HookState.FOREIGN, "another program or person wrote it")
-    since = os.stat(path).st_mtime_ns if os.access(path, os.X_OK) else None
+    found = os.stat(path)
+    # By its mode: that SELinux keeps us from it is another matter, which installing it anew doesn't change.
+    since = found.st_mtime_ns if found.st_mode & 0o111 else None
     if text != _shim_text(settings, driver) or since is None:
         note = "it is not of this version; do: vnet-lock hooks install"
         return HookFile(path, HookState.OUTDATED, note, since)
