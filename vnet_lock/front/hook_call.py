@@ -55,18 +55,20 @@ def end(status: int) -> None:
 
 def _reach(driver: str, argv: "Sequence[str]") -> "_socket.socket | None":
     """The process that has our call from now on; None where nobody has it."""
-    ready = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
     streams = b"".join(stream.to_bytes(4, sys.byteorder) for stream in STREAMS)
     words = "\0".join((driver, *argv)).encode(errors="surrogateescape")
     try:
+        ready = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         ready.settimeout(READY_S)
         ready.connect(f"{argv[0]}/run/vnet-lock/{SOCKET}")
-        if ready.recv(MOST) == PACKAGE:
+        # struct ucred: pid, uid, gid. Whoever could put a socket there is no one to trust with a guest.
+        peer = ready.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
+        is_ours = int.from_bytes(peer[4:8], sys.byteorder) == posix.geteuid()
+        if is_ours and ready.recv(MOST) == PACKAGE:
             ready.sendmsg([words], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
             return ready
     except OSError:  # there is none, or none that is in time
         pass
-    ready.close()
     return None
 
 

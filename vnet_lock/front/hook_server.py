@@ -207,6 +207,7 @@ class _Server:
             with suppress(BlockingIOError):  # another was quicker
                 peer, _ = self._listener.accept()
                 break
+        self._listener.close()
         os.write(tell, b"!")
         peer.setblocking(True)
         if self._code.is_current and _is_like_us(self._settings, peer):
