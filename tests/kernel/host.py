@@ -101,6 +101,14 @@ def children_of(pid: int) -> list[int]:
         return []
 
 
+def has_open(pid: int, target: Path) -> bool:
+    """Whether a process has a file open."""
+    try:
+        return any(os.readlink(path) == str(target) for path in Path(f"/proc/{pid}/fd").iterdir())
+    except FileNotFoundError:
+        return False
+
+
 def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()

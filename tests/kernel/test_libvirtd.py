@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.conftest import need
-from tests.kernel.host import LINKS, RUN, VNET_LOCK, Host, children_of, eventually
+from tests.kernel.host import LINKS, RUN, VNET_LOCK, Host, children_of, eventually, has_open, is_running
 from tests.lab import older
 from tests.lab.contenders import intent_xml, late_xml
 from tests.lab.daemons import (
@@ -103,13 +103,6 @@ def command(*argv: str) -> str:
 
 def gc() -> str:
     return command(VNET_LOCK, "gc")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def is_clean(host: Host) -> bool:
@@ -249,12 +242,6 @@ def test_split_daemons_protect_what_guests_have_and_may_be_killed(libvirtd: Host
         assert owners(libvirtd) == ["g"]
 
 
-def has_guard_open(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return any(os.readlink(path) == f"{RUN}/guard" for path in Path(f"/proc/{pid}/fd").iterdir())
-    return False
-
-
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("libvirtd", ["served"], indirect=True)
 @pytest.mark.parametrize("killed", ["nobody", "the server", "who answers"])
@@ -264,7 +251,9 @@ def test_a_hook_that_another_process_answers_has_its_answer_or_refuses(libvirtd:
     with open(RUN / "guard", "w") as guard:
         fcntl.flock(guard, fcntl.LOCK_EX)
         with subprocess.Popen(argv, stderr=subprocess.PIPE, text=True) as start:
-            (answering,) = eventually(lambda: [pid for pid in children_of(server) if has_guard_open(pid)])
+            (answering,) = eventually(
+                lambda: [pid for pid in children_of(server) if has_open(pid, RUN / "guard")]
+            )
             if killed != "nobody":
                 os.kill(server if killed == "the server" else answering, signal.SIGKILL)
             fcntl.flock(guard, fcntl.LOCK_UN)

@@ -16,12 +16,10 @@ import random
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import filelock
@@ -30,8 +28,9 @@ import pyroute2
 import vnet_lock
 from tests.bench.row import Row
 from tests.bench.run import quantity
+from tests.kernel.host import is_running
 from tests.lab.contenders import hostdev_xml, owner_of
-from tests.lab.daemons import HOOKS, LIBVIRTD, hook_with
+from tests.lab.daemons import HOOKS, LIBVIRTD, hook_with, hooks_served
 from tests.lab.machines import Guests, LibvirtGuest
 from tests.lab.nic import Nic, run, wait_until
 from vnet_lock.settings import DEFAULT
@@ -61,22 +60,13 @@ def copied() -> str:
     return ":".join((place, *(str(Path(one.__file__ or "").parents[1]) for one in (filelock, pyroute2))))
 
 
-@contextmanager
-def serving(path: str) -> Iterator[None]:
-    """The hook's server, with the same modules as the hook."""
+def server_of(path: str) -> tuple[str, ...]:
+    """The command line of the hook's server, with the same modules as the hook."""
     code = (
         f"import sys; sys.path += {path!r}.split(':')\n"
         "from vnet_lock.front.cli import main; sys.exit(main(['hooks', 'serve']))"
     )
-    argv = [PYTHON, "-I", "-S", "-c", code]
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "ready for libvirt's calls\n"
-        try:
-            yield
-            assert server.poll() is None, "the hook's server has ended"
-        finally:
-            server.terminate()
+    return (PYTHON, "-I", "-S", "-c", code)
 
 
 def measure(nic: Nic, made: LibvirtGuest) -> dict[str, float]:
@@ -90,8 +80,9 @@ def measure(nic: Nic, made: LibvirtGuest) -> dict[str, float]:
         SERVED: ours,
     }
     times_s: dict[str, list[float]] = {name: [] for name in hooks}
-    with serving(path):
+    with hooks_served(*server_of(path)) as server:
         _take_turns(nic, made, hooks, times_s)
+        assert is_running(server), "the hook's server has ended"
     for name, each in times_s.items():
         print(f"{name:8}", *(f"{one:6.2f}" for one in each), file=sys.stderr, flush=True)
     return {name: statistics.median(each[1:]) for name, each in times_s.items()}

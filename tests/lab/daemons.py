@@ -91,9 +91,9 @@ def newer() -> Daemon | None:
 
 
 @contextmanager
-def hooks_served() -> Iterator[int]:
-    """The server of our hooks, for as long as this lasts; its pid."""
-    argv = [VNET_LOCK, "hooks", "serve"]
+def hooks_served(*argv: str) -> Iterator[int]:
+    """The server of our hooks, started by another command line where there is one; its pid."""
+    argv = argv or (VNET_LOCK, "hooks", "serve")
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None

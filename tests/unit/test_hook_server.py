@@ -11,8 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from uuid import NAMESPACE_OID, uuid5
 
@@ -20,6 +19,7 @@ import pytest
 
 import vnet_lock
 from tests.fake_host import FakeHost
+from tests.kernel.host import children_of, eventually, has_open, is_running
 from vnet_lock.front import hook_call
 from vnet_lock.front.doctor import Check, Health, examine
 from vnet_lock.settings import DEFAULT
@@ -92,7 +92,7 @@ class Served:
             try:
                 assert server.stdout is not None
                 assert server.stdout.readline() == "ready for libvirt's calls\n"
-                eventually(lambda: len(children(server.pid)) == 3)
+                eventually(lambda: len(children_of(server.pid)) == 3)
                 yield server
             finally:
                 server.send_signal(signal.SIGCONT)
@@ -138,30 +138,9 @@ def host(tmp_path: Path) -> Served:
     return Served(tmp_path)
 
 
-def eventually(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def children(pid: int) -> list[int]:
-    with contextlib.suppress(FileNotFoundError):
-        return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return []
-
-
-def is_there(pid: int) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def waits_for_guard(pid: int) -> bool:
-    """Whether it has opened the guard, which another holds."""
-    with contextlib.suppress(FileNotFoundError):
-        return any(os.readlink(each).endswith("/guard") for each in Path(f"/proc/{pid}/fd").iterdir())
-    return False
+def answering(server: subprocess.Popen[str], host: Served) -> list[int]:
+    """Those that wait for the guard, which another holds."""
+    return [pid for pid in children_of(server.pid) if has_open(pid, host.run / "guard")]
 
 
 def test_the_socket_is_where_our_other_files_are():
@@ -238,14 +217,13 @@ def test_without_one_the_hook_answers_itself(host):
 
 def test_one_that_sleeps_is_not_waited_for(host):
     with host.serving() as server:
-        sleeping = [server.pid, *children(server.pid)]
+        sleeping = [server.pid, *children_of(server.pid)]
         for pid in sleeping:
             os.kill(pid, signal.SIGSTOP)
         assert host.ended() == (0, "", "")
         assert host.was_served == [False]
         for pid in sleeping:
-            with contextlib.suppress(ProcessLookupError):  # one before it may have ended it all
-                os.kill(pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
         # It has found by now that the caller is gone.
         eventually(lambda: host.ended("reconnect")[0] == 0 and host.was_served[-1])
     assert len(host.claimed()) == 2
@@ -312,14 +290,14 @@ def test_the_doctor_tells_whether_it_is_asked(host, tmp_path):
     ready = Check(Health.OK, "hooks", "vnet-lock hooks serve is ready for libvirt's calls")
     with host.serving() as server:
         assert ready in examine(host.settings)
-        sleeping = (server.pid, *children(server.pid))
+        eventually(lambda: len(children_of(server.pid)) == 2)  # the one that was asked has ended
+        sleeping = (server.pid, *children_of(server.pid))
         for pid in sleeping:
             os.kill(pid, signal.SIGSTOP)
         asleep = "vnet-lock hooks serve is not ready; end it, and begin it again"
         assert Check(Health.WARNING, "hooks", asleep) in examine(host.settings)
         for pid in sleeping:
-            with contextlib.suppress(ProcessLookupError):  # one before it may have ended it all
-                os.kill(pid, signal.SIGCONT)
+            os.kill(pid, signal.SIGCONT)
     assert not any("serve" in check.message for check in examine(host.settings))
     host.package = Path(shutil.copytree(PACKAGE, tmp_path / "other/vnet_lock"))
     with host.serving():
@@ -335,10 +313,8 @@ def test_the_doctor_tells_whether_it_is_asked(host, tmp_path):
 
 def test_a_call_whose_answer_is_lost_has_failed(host):
     with host.serving() as server, host.guard_held(), host.call() as call:
-        eventually(lambda: any(waits_for_guard(pid) for pid in children(server.pid)))
-        for pid in children(server.pid):
-            if waits_for_guard(pid):
-                os.kill(pid, signal.SIGKILL)
+        (pid,) = eventually(lambda: answering(server, host))
+        os.kill(pid, signal.SIGKILL)
         assert call.wait(20) == hook_call.LOST
         assert host.was_served == [True]
         assert server.poll() is None
@@ -347,11 +323,11 @@ def test_a_call_whose_answer_is_lost_has_failed(host):
 def test_a_call_goes_on_when_the_server_is_told_to_end(host):
     with host.serving() as server, host.call() as call:
         with host.guard_held():
-            eventually(lambda: any(waits_for_guard(pid) for pid in children(server.pid)))
-            idle = [pid for pid in children(server.pid) if not waits_for_guard(pid)]
+            (busy,) = eventually(lambda: answering(server, host))
+            idle = [pid for pid in children_of(server.pid) if pid != busy]
             server.terminate()
             assert server.wait(20) == 0
-            eventually(lambda: not any(map(is_there, idle)))
+            eventually(lambda: not any(map(is_running, idle)))
             assert call.poll() is None
         out, err = call.communicate(timeout=20)
     assert (call.returncode, out, err) == (0, b"", b"")
@@ -360,10 +336,10 @@ def test_a_call_goes_on_when_the_server_is_told_to_end(host):
 
 def test_those_that_wait_end_with_a_server_that_is_killed(host):
     with host.serving() as server:
-        waiting = children(server.pid)
+        waiting = children_of(server.pid)
         server.kill()
         server.wait(20)
-        eventually(lambda: not any(map(is_there, waiting)))
+        eventually(lambda: not any(map(is_running, waiting)))
     assert host.ended() == (0, "", "")
     # The next one takes its place.
     with host.serving():
@@ -373,7 +349,7 @@ def test_those_that_wait_end_with_a_server_that_is_killed(host):
 
 def test_a_server_says_that_one_of_those_that_wait_was_killed(host):
     with host.serving() as server:
-        os.kill(children(server.pid)[0], signal.SIGKILL)
+        os.kill(children_of(server.pid)[0], signal.SIGKILL)
         out, err = server.communicate(timeout=20)
     assert (server.returncode, out) == (1, "")
     what = "a process that was ready for libvirt's calls was killed; begin again: vnet-lock hooks serve"

@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_libvirt_verbs(add)
 
-    verb = add("hooks", "libvirt's hooks: put ours there, take them away, or look")
+    verb = add("hooks", "libvirt's hooks: put ours there, take them away, look, or be ready to answer them")
     verb.add_argument("action", choices=("install", "remove", "status", "serve"))
     return parser
 

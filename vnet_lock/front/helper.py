@@ -213,17 +213,10 @@ def _close(fds: list[int]) -> None:
 
 
 def _read_owner(settings: Settings, peer: socket.socket) -> tuple[Owner, int]:
-    """The process at the other end (unix(7), SO_PEERCRED), and its uid.
-
-    It lives as long as the guest, we don't.
-    """
-    import socket
-    import struct
-
+    """The process at the other end, and its uid: it lives as long as the guest, we don't."""
     from vnet_lock.kernel import processes
 
-    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", credentials)
+    pid, uid = processes.read_peer(peer)
     if pid == os.getpid():
         raise BadInput("the socket is one of our own; whoever runs the guest must make it, and start us then")
     try:

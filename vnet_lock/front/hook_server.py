@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +25,7 @@ from vnet_lock.dataclass import dataclass
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hook, hook_call, network_hook, resident
+from vnet_lock.kernel.processes import read_peer
 from vnet_lock.locks import os_failure
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
@@ -235,7 +235,7 @@ def _answer(peer: socket.socket) -> NoReturn:
 
 def _is_like_us(settings: Settings, peer: socket.socket) -> bool:
     """Whether whoever calls has our rights, and sees the processes, devices and files that we see."""
-    pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    pid, uid = read_peer(peer)
     if uid != os.geteuid():
         return False
     with suppress(OSError):
