@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import NAMESPACE_OID, uuid5
@@ -124,6 +125,15 @@ class Served:
     def claimed(self) -> list[str]:
         return sorted(path.name.partition("~")[0] for path in (self.run / "claims").iterdir())
 
+    def copy_package(self) -> None:
+        """Have a package of our own, to be changed."""
+        self.package = Path(shutil.copytree(PACKAGE, self.root / "other/vnet_lock"))
+
+    @staticmethod
+    def let_changes_settle() -> None:
+        """A file's time and a process's start are those of a tick: what came before is to be so by both."""
+        time.sleep(0.1)
+
     @contextlib.contextmanager
     def guard_held(self) -> Iterator[None]:
         """Whatever claims waits."""
@@ -229,15 +239,16 @@ def test_one_that_sleeps_is_not_waited_for(host):
     assert len(host.claimed()) == 2
 
 
-def test_one_of_another_installation_is_not_asked(host, tmp_path):
+def test_one_of_another_installation_is_not_asked(host):
     with host.serving():
-        host.package = Path(shutil.copytree(PACKAGE, tmp_path / "other/vnet_lock"))
+        host.copy_package()
         assert host.ended() == (0, "", "")
     assert host.was_served == [False]
 
 
-def test_one_whose_package_was_changed_ends_and_is_not_asked(host, tmp_path):
-    host.package = Path(shutil.copytree(PACKAGE, tmp_path / "other/vnet_lock"))
+def test_one_whose_package_was_changed_ends_and_is_not_asked(host):
+    host.copy_package()
+    host.let_changes_settle()
     with host.serving() as server:
         (host.package / "rules.py").touch()
         assert host.ended() == (0, "", "")
@@ -245,6 +256,77 @@ def test_one_whose_package_was_changed_ends_and_is_not_asked(host, tmp_path):
     assert (server.returncode, err) == (0, "")
     assert out == "vnet-lock was changed, so this one ends; its unit starts it anew\n"
     assert host.was_served == [False]
+
+
+def test_one_that_was_changed_while_it_loaded_ends(host):
+    host.copy_package()
+    with (host.package / "rules.py").open("a") as file:
+        file.write("\nimport os\nos.utime(__file__.replace('rules', 'use'))\n")
+    host.let_changes_settle()
+    with host.start_server() as server:
+        out, err = server.communicate(timeout=20)
+    assert (server.returncode, err) == (0, "")
+    assert out == "vnet-lock was changed, so this one ends; its unit starts it anew\n"
+
+
+@pytest.mark.as_root
+def test_one_that_is_not_roots_is_not_asked(host):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(host.settings.hooks_socket_path)
+        impostor = os.fork()
+        if impostor == 0:
+            os.setuid(65534)
+            listener.listen()
+            while True:
+                peer, _ = listener.accept()
+                with contextlib.suppress(OSError):
+                    peer.send(hook_call.PACKAGE)
+                    peer.send(b"\0")
+        try:
+            eventually(lambda: Path("/proc/net/unix").read_text().count(host.settings.hooks_socket_path))
+            eventually(lambda: "\t65534\t" in Path(f"/proc/{impostor}/status").read_text())
+            assert host.ended() == (0, "", "")
+        finally:
+            os.kill(impostor, signal.SIGKILL)
+            os.waitpid(impostor, 0)
+    assert len(host.claimed()) == 2
+    assert host.was_served == [False]
+
+
+def test_a_call_that_is_too_long_for_it_is_answered_by_the_hook(host):
+    with host.serving():
+        assert host.ended("stopped", guest="g" * 70_000)[0] == 0
+    assert host.was_served == [False]
+
+
+def test_a_hook_that_can_make_no_socket_answers_itself(host):
+    code = "import _socket\n_socket.socket = lambda *_: open('/nonexistent')\n" + CALL
+    argv = [*host.python, code, host.path, "qemu", str(host.root), str(os.getpid()), "web2"]
+    done = subprocess.run([*argv, "prepare", "begin", "-"], input=XML, timeout=20, check=False)
+    assert done.returncode == 0
+    assert len(host.claimed()) == 2
+    assert host.was_served == [False]
+
+
+def test_it_takes_no_call_whose_streams_it_has_not(host):
+    with host.serving(), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as ours:
+        ours.settimeout(20)
+        ours.connect(host.settings.hooks_socket_path)
+        assert ours.recv(1000) == hook_call.PACKAGE
+        socket.send_fds(ours, [hook_call.STREAMS_PASSED], [0, 1])
+        assert ours.recv(100) == b""
+        assert host.ended() == (0, "", "")
+    assert host.was_served == [True]
+
+
+def test_a_hook_that_leaves_at_once_has_its_status_told(host):
+    host.copy_package()
+    with (host.package / "front/hook.py").open("a") as file:
+        file.write("\ndef main(argv, stdin, leave):\n    leave(7)\n")
+    host.let_changes_settle()
+    with host.serving():
+        assert host.ended() == (7, "", "")
+    assert host.was_served == [True]
 
 
 @pytest.mark.as_root
@@ -285,7 +367,7 @@ def test_nobody_else_can_ask_it(host):
         os.wait()
 
 
-def test_the_doctor_tells_whether_it_is_asked(host, tmp_path):
+def test_the_doctor_tells_whether_it_is_asked(host):
     os.makedirs(host.settings.etc_libvirt)
     ready = Check(Health.OK, "hooks", "vnet-lock hooks serve is ready for libvirt's calls")
     with host.serving() as server:
@@ -299,7 +381,8 @@ def test_the_doctor_tells_whether_it_is_asked(host, tmp_path):
         for pid in sleeping:
             os.kill(pid, signal.SIGCONT)
     assert not any("serve" in check.message for check in examine(host.settings))
-    host.package = Path(shutil.copytree(PACKAGE, tmp_path / "other/vnet_lock"))
+    host.copy_package()
+    host.let_changes_settle()
     with host.serving():
         message = (
             f"vnet-lock hooks serve is of {host.package}, and not asked by hooks of {PACKAGE};"

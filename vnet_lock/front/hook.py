@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from vnet_lock.request import Assignment, Plan, Refusal, Request
     from vnet_lock.session import Grant
 
+    # Ends this process with an exit status, whatever it is in the middle of.
+    Leave = Callable[[int], NoReturn]
+
 # What isn't undone this long after the hook's deadline is left to the claim's journal.
 UNDO_S = 15
 
@@ -95,8 +98,8 @@ class Call(NamedTuple):
     is_root: bool = True
 
 
-def main(argv: Sequence[str], stdin: BinaryIO) -> int:
-    """Serve one call of libvirt's and return the exit status.
+def main(argv: Sequence[str], stdin: BinaryIO, leave: Leave = os._exit) -> int:
+    """Serve one call of libvirt's and return the exit status; ``leave`` with it where an undo takes too long.
 
     ``argv`` is what the shim passes: the host's root ("" but for a fake host), the pid of libvirt's daemon,
     and libvirt's own arguments: the guest's name, the operation, and two more.
@@ -105,7 +108,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     is_root = not os.geteuid() or bool(root)
     call = Call(Settings.under(root), int(daemon_pid), guest, operation, stdin.read(), is_root)
     report = Outlets()
-    arm_deadline(operation, report, read_deadline_s(call.settings))
+    arm_deadline(operation, report, read_deadline_s(call.settings), leave=leave)
     status = answer(call, _open_session, report)
     signal.alarm(0)
     return status
@@ -257,8 +260,10 @@ def read_deadline_s(settings: Settings) -> int:
     return max(1, int(settings.hook_s))
 
 
-def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = UNDO_S) -> None:
-    """Raise DeadlinePassed in whatever runs after ``deadline_s``; end the process ``undo_s`` after that.
+def arm_deadline(
+    operation: str, report: Report, deadline_s: int, undo_s: int = UNDO_S, leave: Leave = os._exit
+) -> None:
+    """Raise DeadlinePassed in whatever runs after ``deadline_s``; ``leave`` ``undo_s`` after that.
 
     Raising lets the session undo what it began. It is raised once only, so that the undo itself isn't cut
     short, and the hard end also serves where the exception got lost (Python drops one raised in a finalizer).
@@ -268,7 +273,7 @@ def arm_deadline(operation: str, report: Report, deadline_s: int, undo_s: int = 
         text = f"the hook could not undo in {undo_s} s what it gave up; see: vnet-lock status"
         report.say(f"vnet-lock: {text}")
         report.log(f"{operation}: {text}")
-        os._exit(1 if operation in _FAIL_CLOSED else 0)
+        leave(1 if operation in _FAIL_CLOSED else 0)
 
     def give_up(_signal: int, _frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGALRM, end)

@@ -4,8 +4,10 @@ Loads nothing but what is inside the interpreter, which makes it worth while: wh
 answers in a tenth of the time. Whatever is wrong with that process before it has our call, we answer it
 ourselves; once it has it, only its answer counts, and to lose that is a failure.
 
-The two speak by messages (SOCK_SEQPACKET): the ready one says which package it is; we pass our driver and our
-arguments, and our stdin, stdout and stderr beside them; it says the exit status.
+The two speak by messages (SOCK_SEQPACKET): the ready one says which package it is; we pass our stdin, stdout
+and stderr, and it says that it has them; we say our driver and our arguments, and with that the call is its;
+it says the exit status. Only who is awake gets the streams: in a message that nobody reads they stay open, and
+libvirt waits for their end.
 """
 
 import _socket
@@ -25,6 +27,8 @@ MOST = 65536
 # The status that the shim takes for a Python that has not said itself what went wrong.
 LOST = 3
 STREAMS = (0, 1, 2)
+# What is said beside streams, and of them.
+STREAMS_PASSED, STREAMS_HAD = b"streams", b"had"
 # How long one that is ready may need to say so.
 READY_S = 1.0
 
@@ -63,9 +67,13 @@ def _reach(driver: str, argv: "Sequence[str]") -> "_socket.socket | None":
         ready.connect(f"{argv[0]}/run/vnet-lock/{SOCKET}")
         # struct ucred: pid, uid, gid. Whoever could put a socket there is no one to trust with a guest.
         peer = ready.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, 12)
-        is_ours = int.from_bytes(peer[4:8], sys.byteorder) == posix.geteuid()
-        if is_ours and ready.recv(MOST) == PACKAGE:
-            ready.sendmsg([words], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
+        if int.from_bytes(peer[4:8], sys.byteorder) != posix.geteuid() or len(words) > MOST:
+            return None
+        if ready.recv(MOST) != PACKAGE:
+            return None
+        ready.sendmsg([STREAMS_PASSED], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, streams)])
+        if ready.recv(MOST) == STREAMS_HAD:
+            ready.send(words)
             return ready
     except OSError:  # there is none, or none that is in time
         pass

@@ -13,6 +13,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -25,7 +26,7 @@ from vnet_lock.dataclass import dataclass
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hook, hook_call, network_hook, resident
-from vnet_lock.kernel.processes import read_peer
+from vnet_lock.kernel.processes import read_peer, read_uptime_s, this_process
 from vnet_lock.locks import os_failure
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
@@ -54,6 +55,7 @@ _REHEARSED = b"""<domain><name>rehearsed</name><uuid>00000000-0000-4000-8000-000
 <devices><hostdev mode='subsystem' type='pci'>
 <source><address domain='0' bus='0' slot='0' function='0'/></source>
 </hostdev></devices></domain>"""
+_CHANGED = "vnet-lock was changed, so this one ends; its unit starts it anew"
 _ENDED_EARLY = "a process that was ready for libvirt's calls was killed; begin again: vnet-lock hooks serve"
 
 
@@ -70,6 +72,9 @@ def follow(settings: Settings) -> int:
         resident.woken_by_signals() as signals,
     ):
         code = _Code.read()
+        if code.changed_since(_began_ns(settings)):
+            print(_CHANGED, flush=True)
+            return 0
         with _listening(settings.hooks_socket_path) as listener:
             print("ready for libvirt's calls", flush=True)
             _Server(settings, code, listener, signals).run()
@@ -103,11 +108,18 @@ def load() -> None:
         import_module(name)
 
 
+def _began_ns(settings: Settings) -> int:
+    """When this process was started, in ns of the epoch, or a bit before: a file's time is a tick late."""
+    ticks_s = os.sysconf("SC_CLK_TCK")
+    age_s = read_uptime_s() - (this_process(settings).start_ticks - 2) / ticks_s
+    return time.time_ns() - int(age_s * 1_000_000_000)
+
+
 @dataclass(frozen=True, slots=True)
 class _Code:
-    """What of our package was loaded: each file with its inode, size and time (ns)."""
+    """What of our package was loaded: each file with its inode and the time of its last change (ns)."""
 
-    files: tuple[tuple[str, int, int, int], ...]
+    files: tuple[tuple[str, int, int], ...]
 
     @classmethod
     def read(cls) -> _Code:
@@ -125,10 +137,14 @@ class _Code:
             return all(self._look(file[0]) == file for file in self.files)
         return False
 
+    def changed_since(self, began_ns: int) -> bool:
+        """Whether a file was changed meanwhile, which then may not be what was loaded of it."""
+        return any(began_ns <= changed_ns <= time.time_ns() for _, _, changed_ns in self.files)
+
     @staticmethod
-    def _look(path: str) -> tuple[str, int, int, int]:
+    def _look(path: str) -> tuple[str, int, int]:
         found = os.stat(path)
-        return path, found.st_ino, found.st_size, found.st_mtime_ns
+        return path, found.st_ino, found.st_ctime_ns
 
 
 class _Server:
@@ -160,7 +176,7 @@ class _Server:
                 os.close(told)
                 if not was_called:
                     raise VnetLockError(_ENDED_EARLY)
-        print("vnet-lock was changed, so this one ends; its unit starts it anew", flush=True)
+        print(_CHANGED, flush=True)
 
     def _poll(self) -> set[int]:
         """Which of our descriptors something happened to; none where it was quiet and one is missing."""
@@ -196,7 +212,7 @@ class _Server:
             signal.signal(number, signal.SIG_DFL)
         os.close(self._hold)
         gc.disable()  # it ends in a moment
-        with suppress(VnetLockError):
+        with suppress(Exception):  # what is wrong here is the call's to say
             Session(self._settings).plan(read_guest(_REHEARSED).requests)
         poll = select.poll()
         poll.register(self._alive, 0)  # POLLHUP comes unasked
@@ -216,21 +232,34 @@ class _Server:
 
 def _answer(peer: socket.socket) -> NoReturn:
     """Take a call, answer it as the hook's own process, and end as it does."""
-    words = b""
-    with suppress(ConnectionError):
-        peer.send(hook_call.PACKAGE)
-        words, streams, _, _ = socket.recv_fds(peer, hook_call.MOST, len(hook_call.STREAMS))
+    words, streams = _take_over(peer)
     if not words:
-        os._exit(0)  # we took too long, and it does it itself
+        os._exit(0)  # whoever calls does it itself
+
+    def leave(status: int) -> NoReturn:
+        with suppress(ConnectionError):  # nobody waits for it any more
+            peer.send(bytes([status]))
+        os._exit(0)
+
     for ours, stream in zip(streams, hook_call.STREAMS, strict=True):
         os.dup2(ours, stream)
         os.close(ours)
     driver, *argv = words.decode(errors="surrogateescape").split("\0")
     with open(0, "rb", closefd=False) as stdin:
-        status = _MAINS[driver](argv, stdin)
-    with suppress(ConnectionError):  # nobody waits for it any more
-        peer.send(bytes([status]))
-    os._exit(0)
+        leave(_MAINS[driver](argv, stdin, leave))
+
+
+def _take_over(peer: socket.socket) -> tuple[bytes, list[int]]:
+    """The words of a call and its streams, which are there before it is ours; no words where it isn't."""
+    with suppress(ConnectionError):
+        peer.send(hook_call.PACKAGE)
+        _, streams, flags, _ = socket.recv_fds(peer, hook_call.MOST, len(hook_call.STREAMS))
+        # One that SELinux keeps from us is missing.
+        if flags & socket.MSG_CTRUNC or len(streams) != len(hook_call.STREAMS):
+            return b"", []
+        peer.send(hook_call.STREAMS_HAD)
+        return peer.recv(hook_call.MOST), streams
+    return b"", []
 
 
 def _is_like_us(settings: Settings, peer: socket.socket) -> bool:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from vnet_lock.claims import ClaimTable
+    from vnet_lock.front.hook import Leave
     from vnet_lock.model import Claim, Owner, UseKind
     from vnet_lock.request import Fixed, Request
     from vnet_lock.session import Grant
@@ -41,8 +42,8 @@ class Guards(Protocol):
         """Give back some of what a guest has."""
 
 
-def main(argv: Sequence[str], stdin: BinaryIO) -> int:
-    """Serve one call of libvirt's and return the exit status.
+def main(argv: Sequence[str], stdin: BinaryIO, leave: Leave = os._exit) -> int:
+    """Serve one call of libvirt's and return the exit status; ``leave`` with it where an undo takes too long.
 
     ``argv`` is what the shim passes: the host's root ("" but for a fake host), the pid of the daemon that has
     the networks, and libvirt's own arguments: the network's name, the operation, and two more.
@@ -51,7 +52,7 @@ def main(argv: Sequence[str], stdin: BinaryIO) -> int:
     settings = Settings.under(root)
     xml = stdin.read()
     report = Outlets()
-    arm_deadline(operation, report, read_deadline_s(settings))
+    arm_deadline(operation, report, read_deadline_s(settings), leave=leave)
 
     def body() -> None:
         if os.geteuid() == 0:  # a user's own daemon has no devices to give out, and we couldn't claim them
