@@ -6,8 +6,8 @@ ourselves; once it has it, only its answer counts, and to lose that is a failure
 
 The two speak by messages (SOCK_SEQPACKET): the ready one says which package it is; we pass our stdin, stdout
 and stderr, and it says that it has them; we say our driver and our arguments, and with that the call is its;
-it says the exit status. Only who is awake gets the streams: in a message that nobody reads they stay open, and
-libvirt waits for their end.
+it says the exit status. Only who is awake gets the streams: in a message that nobody reads they stay open,
+and libvirt waits for their end.
 """
 
 import _socket
