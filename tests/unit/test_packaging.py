@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from vnet_lock.request import Intent
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
+PAGES = sorted(path.name for path in (PACKAGING / "man").iterdir())
 VERBS = (
     *("status", "show", "plan", "matrix", "claim", "release", "gc", "doctor", "reap", "watch", "vfs"),
     *("resolve", "define", "start", "attach", "detach", "hooks"),
@@ -109,13 +111,30 @@ def test_completion_offers(line, offered, tmp_path):
     assert offered in complete(line, tmp_path)
 
 
-@pytest.mark.parametrize("page", sorted(path.name for path in (PACKAGING / "man").iterdir()))
-def test_a_man_page_is_formatted_without_a_complaint(page):
+@pytest.mark.parametrize("page", PAGES)
+def test_a_man_page_is_formatted_without_a_complaint(page, tmp_path):
     if shutil.which("groff") is None:
         pytest.skip("needs groff, which formats man pages")
-    command = ["groff", "-t", "-man", "-Tutf8", "-ww", PACKAGING / "man" / page]
+    for name in PAGES:  # as they are installed: one page may be another's
+        place = tmp_path / f"man{name[-1]}" / name
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(PACKAGING / "man" / name)
+    command = ["groff", f"-I{tmp_path}", "-s", "-t", "-man", "-Tutf8", "-ww", PACKAGING / "man" / page]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_each_program_has_a_man_page_and_what_is_beside_the_code_is_installed_where_its_readers_look():
+    config = configparser.ConfigParser()
+    config.read(PACKAGING.parent / "setup.cfg")
+    programs = re.findall(r"^([a-z-]+) =", config["options.entry_points"]["console_scripts"], re.MULTILINE)
+    assert {*programs} <= {page.rpartition(".")[0] for page in PAGES}
+    listed = {place: names.split() for place, names in config["options.data_files"].items()}
+    pages = {f"packaging/man/{page}" for page in PAGES}
+    assert {name for at in "158" for name in listed[f"share/man/man{at}"] if name.endswith(at)} == pages
+    bash = "packaging/completions/bash"
+    completions = {f"{bash}/{path.name}" for path in (PACKAGING.parent / bash).iterdir()}
+    assert {*listed["share/bash-completion/completions"]} == completions
 
 
 def test_tmpfiles_makes_the_directories_that_claims_live_in():
