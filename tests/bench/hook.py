@@ -48,7 +48,7 @@ def measure_other_guest() -> Row:
     xml = xml.replace(b"<devices>\n", b"<devices>\n" + disk.encode() * 80)
     with _fake_host() as settings:
         measured_s, floor_s = _medians(
-            [_hook(settings), "web8", "prepare", "begin", "-"],
+            [_hook(settings), "web13", "prepare", "begin", "-"],
             ["/bin/sh", "-c", "cat >/dev/null"],
             xml,
             SHELL_ROUNDS,

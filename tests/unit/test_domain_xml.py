@@ -121,7 +121,7 @@ def test_the_examples_of_intents_ask_for_just_these() -> None:
     assert routed.addresses == ("192.0.2.7", "2001:db8::7")
     (served,) = example("intent-vhostuser.xml")
     assert isinstance(served, Intent)
-    assert (served.backends, served.socket) == ((Backend.SOCKET_VHOST,), "/run/vnet-lock/web8-net0.sock")
+    assert (served.backends, served.socket) == ((Backend.SOCKET_VHOST,), "/run/vnet-lock/web14-net0.sock")
     (nat,) = example("intent-nat.xml")
     assert isinstance(nat, Intent)
     assert (nat.policy, nat.devs, nat.backends, nat.dhcp) == (Policy.NAT, (), taps, True)

@@ -137,6 +137,13 @@ def test_each_program_has_a_man_page_and_what_is_beside_the_code_is_installed_wh
     assert {*listed["share/bash-completion/completions"]} == completions
 
 
+@pytest.mark.parametrize("of", ["<name>(.*)</name>", "<uuid>(.*)</uuid>", "<mac address='(.*)'/>"])
+def test_the_example_guests_can_be_defined_on_one_host(of):
+    examples = sorted((PACKAGING.parent / "xml").glob("*.xml"))
+    found = [{*re.findall(of, path.read_text())} for path in examples]
+    assert sum(map(len, found)) == len(set.union(*found)) >= len(examples)
+
+
 def test_tmpfiles_makes_the_directories_that_claims_live_in():
     text = (PACKAGING / "tmpfiles.d/vnet-lock.conf").read_text()
     made = [line.split()[1:4] for line in text.splitlines() if line.startswith("d ")]
