@@ -1,7 +1,8 @@
 """libvirt's qemu hook: what each step in a guest's life means for its claims, and with which status it ends.
 
 Never calls libvirt (whose lock on the guest is held meanwhile: it would wait for itself), starts no
-program, and fails a guest at `prepare` and `start` only: elsewhere a failure kills it or changes nothing.
+program but those that a port takes (modprobe, nft, dnsmasq, processes of ours), and fails a guest at
+`migrate`, `restore`, `prepare` and `start` only: elsewhere a failure kills it or changes nothing.
 Each import that is missing here is time that a guest's start doesn't take.
 """
 
