@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import subprocess
 import sys
@@ -33,6 +34,18 @@ def test_tool_finds_nothing(command: str) -> None:
         [f"{SCRIPTS}/{program}", *arguments], cwd=TOP, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"{command}:\n{done.stdout}{done.stderr}"
+
+
+def test_the_map_has_each_module_and_package_in_its_layer() -> None:
+    config = configparser.ConfigParser()
+    config.read(TOP / "setup.cfg")
+    layers = config["importlinter:contract:layers"]["layers"].strip().splitlines()
+    depth = {name: at for at, layer in enumerate(layers) for name in layer.split(" | ")}
+    known = {path.relative_to(TOP / "vnet_lock").parts[0].removesuffix(".py") for path in MODULES}
+    diagram = (TOP / "ARCHITECTURE.md").read_text().split("```")[1]
+    shown = [word for word in re.findall(r"\w+", diagram) if word in known]
+    assert {*shown} == known - {"__init__"}
+    assert shown == sorted(shown, key=depth.__getitem__)
 
 
 def test_what_a_hook_loads_has_no_heavy_library_in_it(tmp_path: Path) -> None:
