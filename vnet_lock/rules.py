@@ -1,4 +1,4 @@
-"""Which claims go together: the table of DESIGN's lock manager, as one pure function."""
+"""Which claims go together: the table of ``conflict``, and what else two guests can't share. Pure."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vnet_lock.combination import (
 
 TAPS = "tap tap+vhost"
 SOCKETS = "socket socket+vhost"
-# The table of DESIGN, written a second time by hand.
+# The table of combination.py, written a second time by hand.
 LIST = {
     "nat-socket": "user passt",
     "nat-bridge": TAPS,
