@@ -111,6 +111,16 @@ def test_completion_offers(line, offered, tmp_path):
     assert offered in complete(line, tmp_path)
 
 
+def test_completion_offers_the_pids_of_qemus_where_one_is_to_be_named(tmp_path):
+    program = tmp_path / "qemu-system-test"
+    shutil.copy(shutil.which("sleep") or "", program)
+    with subprocess.Popen([program, "60"]) as qemu:
+        found = complete("vnet-qemu --from-pid ", tmp_path)
+        qemu.kill()
+    assert str(qemu.pid) in found
+    assert all(pid.isdecimal() for pid in found)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_man_page_is_formatted_without_a_complaint(page, tmp_path):
     if shutil.which("groff") is None:
