@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.fake_host import FakeHost
+from vnet_lock import audit
+from vnet_lock.audit import Severity, Standing
 from vnet_lock.backends import Connection
-from vnet_lock.combination import Combination, Policy
+from vnet_lock.combination import COMBINATIONS, Combination, Policy
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
-from vnet_lock.front import helper, helper_message, helper_words
+from vnet_lock.front import doctor, helper, helper_message, helper_words
 from vnet_lock.front.cli import main
-from vnet_lock.request import Intent
+from vnet_lock.front.doctor import Health
+from vnet_lock.front.report_json import matrix_json
+from vnet_lock.matrix import Verdict
+from vnet_lock.model import Claim, Mode, OwnerKind, Resource, State
+from vnet_lock.request import Intent, RefusalKind
 from vnet_lock.settings import DEFAULT
 
 PACKAGING = Path(__file__).parents[2] / "packaging"
@@ -88,6 +97,80 @@ def test_the_helpers_man_page_has_each_key_and_kind_of_its_messages():
         "0",
         *sorted(str(error.exit_code) for error in (VnetLockError, Refused, BadInput, Unsupported)),
     ]
+
+
+def read_tables(page: str) -> dict[str, dict[str, tuple[str, str]]]:
+    """Of each object in the section JSON, the type of each key and what is said of it."""
+    section = page.partition(".SH JSON")[2].partition("\n.SH ")[0].replace("\\-", "-")
+    tables = {}
+    for part in section.split("\n.SS ")[1:]:
+        name, _, body = part.partition("\n.PP\n")[0].partition("\n")
+        rows = re.findall(r"^([\w.]+)\|([^|\n]+)\|(.*(?:\n\|\|.*)*)", body, re.MULTILINE)
+        tables[name] = {key: (kind, text) for key, kind, text in rows}
+    return tables
+
+
+def check_object(value: dict[str, Any], name: str, tables: dict[str, dict[str, tuple[str, str]]]) -> None:
+    """Each key is in the table of that name, with its type, and so is what is inside."""
+    plain = {"text": str, "number": int, "boolean": bool, "object": dict}
+    for key, item in value.items():
+        if key not in tables[name] and isinstance(item, dict):
+            check_object({f"{key}.{inner}": part for inner, part in item.items()}, name, tables)
+            continue
+        assert key in tables[name], f"{name}: {key}"
+        kind, _ = tables[name][key]
+        if item is None:
+            assert kind.endswith("?"), f"{name}: {key}"
+            continue
+        inner = kind.strip("[]?")
+        for each in item if kind.startswith("[") else [item]:
+            if inner in tables:
+                check_object(each, inner, tables)
+            else:
+                assert type(each) is plain[inner], f"{name}: {key}"
+
+
+def test_the_man_page_has_each_key_of_what_is_printed_as_json_with_its_type(tmp_path, capsys):
+    tables = read_tables((PACKAGING / "man/vnet-lock.8").read_text())
+    for name, file in (("status", "status"), ("show", "show"), ("plan", "plan"), ("plan", "refusal")):
+        golden = Path(__file__).parent / f"golden/{file}.json"
+        check_object(json.loads(golden.read_text()), name, tables)
+    verdicts = [Verdict(one, "nic:eth0", reason) for one in COMBINATIONS for reason in ("", "why")]
+    check_object(matrix_json([*verdicts, Verdict(COMBINATIONS[0])]), "matrix", tables)
+    host = FakeHost(tmp_path)
+    host.add_process(os.getpid(), "pytest")
+    (vf,) = host.add_pf("0000:01:00.0", "enp1s0", ["igbvf"])
+    host.claim(Claim(Resource.vf(vf), Mode.EXCLUSIVE, State.ACTIVE, host.owner(99), "0" * 16, "net0", 1e9))
+    for name, *words in (("gc", "--dry-run"), ("doctor",)):
+        main([name, "--json", *words], host.settings)
+        found = json.loads(capsys.readouterr().out)
+        assert all(found.values())
+        check_object(found, name, tables)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "words"),
+    [
+        ("VF", "state", Standing),
+        ("CLAIM", "mode", Mode),
+        ("CLAIM", "state", State),
+        ("CLAIM", "owner.kind", OwnerKind),
+        ("FINDING", "severity", Severity),
+        ("REFUSAL", "kind", RefusalKind),
+        ("CHECK", "health", Health),
+        ("CHECK", "check", ("root", *doctor._LOOKS)),
+    ],
+)
+def test_the_man_page_has_each_word_that_a_key_in_json_may_have(name, key, words):
+    tables = read_tables((PACKAGING / "man/vnet-lock.8").read_text())
+    assert {*map(str, words)} <= {*re.findall(r"[a-z]+", tables[name][key][1])}
+
+
+def test_the_man_page_has_each_kind_of_finding_with_its_severity():
+    page = (PACKAGING / "man/vnet-lock.8").read_text().replace("\\-", "-")
+    told = re.findall(r"^(error|warning)\|([a-z-]+)\|", page, re.MULTILINE)
+    made = re.findall(r'self\._(error|warn)\(\s*"([a-z-]+)"', Path(audit.__file__).read_text())
+    assert {(severity[:4], kind) for severity, kind in told} == {(how[:4], kind) for how, kind in made}
 
 
 @pytest.mark.parametrize(
