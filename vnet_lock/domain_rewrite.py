@@ -145,6 +145,16 @@ def with_uuid(xml: bytes, uuid: str) -> bytes:
     return edits.apply()
 
 
+def with_mac(xml: bytes, mac: str) -> bytes:
+    """An <interface> with this MAC address where it has none, as libvirt would make one up."""
+    root = _read(xml)
+    if root.tag != "interface" or any(child.tag == "mac" for child in root.children):
+        return xml
+    edits = _Edits(xml)
+    edits.append(root, (Tag("mac", {"address": mac}),), after=())
+    return edits.apply()
+
+
 def write_interface(alias: str, form: Form) -> str:
     """An interface alone, as libvirt plugs it in."""
     return _write(_new_interface(alias, form), "\n")

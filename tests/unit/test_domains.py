@@ -388,6 +388,27 @@ def test_attaching_a_device_of_a_file_claims_it_before(host, plug, guest, tmp_pa
     assert guest.devices[1:] == [text.format(2).partition("?>")[2]]
 
 
+def test_a_file_without_a_mac_gets_one_by_which_its_claim_is_given_back(host, plug, guest, tmp_path):
+    path = tmp_path / "device.xml"
+    path.write_text(
+        "<!-- a tap -->\n<interface type='direct'>\n  <source dev='wire0' mode='vepa'/>\n</interface>\n"
+    )
+    for _ in range(2):
+        assert plug("attach", "web1", str(path))[0] == 0
+    kept, gone = (claim.mac for claim in claims(host))
+    assert kept != gone
+    assert guest.devices[1] == (
+        f"<!-- a tap -->\n<interface type='direct'>\n  <mac address='{kept}'/>\n"
+        "  <source dev='wire0' mode='vepa'/>\n</interface>\n"
+    )
+    guest.devices[1:] = [
+        one.replace("</interface>", f"<alias name='net{number}'/></interface>")
+        for number, one in enumerate(guest.devices[1:])
+    ]
+    assert plug("detach", "web1", "net1")[0] == 0
+    assert [claim.mac for claim in claims(host)] == [kept]
+
+
 def test_a_vf_is_teamed_with_an_interface_of_the_guest(host, plug, guest):
     guest.devices.append(
         "<interface type='user'><mac address='52:54:00:00:00:AB'/><alias name='ua-s'/></interface>"

@@ -20,7 +20,7 @@ from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
 from vnet_lock.domain_document import ALIAS, read_identity, read_text
-from vnet_lock.domain_rewrite import Form, with_uuid, write_interface
+from vnet_lock.domain_rewrite import Form, with_mac, with_uuid, write_interface
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 from vnet_lock.front.libvirt_guest import find_tokens, read_daemon, read_owner
@@ -160,7 +160,8 @@ def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[R
 
 def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
     """Claim what a device that is written already names; its key, its XML, and what was claimed."""
-    text = read_text(xml)
+    # By its MAC it is found again when it is unplugged, and libvirt would make up another.
+    text = read_text(with_mac(xml, random_mac()))
     if text.lstrip().startswith("<?xml"):
         text = text.partition("?>")[2]
     plugged = read_plugged(_as_guest(text))
