@@ -71,14 +71,16 @@ class Administration(Session):
         failures: list[str] = []
         stale = Liveness(self.settings).stale(claims)
         for claim in claims.on(resource):
-            by_hand, is_stale = claim.owner.kind is OwnerKind.PROCESS, claim.token in stale
+            # What a helper's command has was made for it, as a guest's is.
+            by_hand = claim.owner.kind is OwnerKind.PROCESS and claim.combination is None
+            is_stale = claim.token in stale
             if not force and not by_hand and not is_stale:
                 obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
                 message = (
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
                 )
                 raise Refused(f"{message}; stop the guest first, or add --force", resource=resource.text)
-            in_use = self._back.wait_until_free((claim,), 0)
+            in_use = self._back.wait_until_free((claim,), 0, holders=True)
             if in_use:
                 raise Refused("; ".join(in_use), resource=resource.text)
             failures += self._back.heal(claim.token) if is_stale else self._back.give(claim.token)

@@ -71,8 +71,13 @@ class GivingBack:
         # A process that is dead holds nothing any more: what is held still is held by another.
         return self.give(token, wait_s=_HEAL_WAIT_S, still=Liveness(self._settings).is_stale)
 
-    def wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
-        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""
+    def wait_until_free(
+        self, claims: tuple[Claim, ...], wait_s: float, *, holders: bool = False
+    ) -> list[str]:
+        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said.
+
+        Who has a macvtap on a PF open is asked for with ``holders`` only: its guest's end comes before.
+        """
         links = {
             name
             for claim in claims
@@ -82,7 +87,8 @@ class GivingBack:
         }
         deadline = time.monotonic() + wait_s
         while True:
-            inventory = read_inventory(self._settings, [claim.resource.name for claim in claims])
+            names = [claim.resource.name for claim in claims]
+            inventory = read_inventory(self._settings, names, holders=holders)
             held = [
                 f"{name_of(claim.resource)} is still in use {user.by_whom}"
                 for claim in claims

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from vnet_lock.administration import Administration
 from vnet_lock.combination import Policy, Port
 from vnet_lock.errors import Refused, Unsupported, VnetLockError
 from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Claim, Owner, OwnerKind
+from vnet_lock.model import Claim, Owner, OwnerKind, Resource
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvtap import open_macvlan
 from vnet_lock.request import Intent
@@ -71,6 +72,21 @@ def test_a_macvlan_port_is_a_macvtap_in_the_policys_mode(
     assert made["inet6_addr_gen_mode"] == "none"
     assert Path(f"/dev/tap{made['ifindex']}").is_char_device()
     session.release(me())
+
+
+def test_a_macvtap_that_is_open_is_not_released_even_by_force(
+    session: Session, ip: Callable[[str], str]
+) -> None:
+    (grant,) = session.acquire(me(), [want(Policy.VEPA, Port.MACVLAN, "up0", ifname="web1-net0")])
+    connection = session.connect(grant)
+    person, up0 = Administration(DEFAULT), Resource.nic("up0")
+    with pytest.raises(Refused, match=f"still in use by .*pid {os.getpid()}"):
+        person.release_resource(up0, force=True)
+    assert link(ip, "web1-net0")["link"] == "up0"
+    connection.close()
+    with pytest.raises(Refused, match="--force"):
+        person.release_resource(up0)
+    assert person.release_resource(up0, force=True)
 
 
 def test_a_macvlan_stands_beside_its_lower_device_in_another_namespace(

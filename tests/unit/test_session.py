@@ -648,6 +648,18 @@ def test_a_living_guests_claim_takes_force(host: FakeHost, session: Administrati
     assert held(host) == {}
 
 
+def test_a_helpers_living_command_takes_force(host: FakeHost, session: Administration) -> None:
+    """What it has was made for it; a claim by hand is another thing of such an owner's."""
+    vf = Resource.vf(host.vfs[0])
+    made = Claim(
+        vf, Mode.EXCLUSIVE, State.ACTIVE, person(WEB), "a" * 16, "net0", 0.0, combination="veb-sriov-tap"
+    )
+    host.claim(made)
+    with pytest.raises(Refused, match="--force"):
+        session.release_resource(vf)
+    assert session.release_resource(vf, force=True)
+
+
 def test_a_dead_guests_claim_takes_no_force(host: FakeHost, session: Administration) -> None:
     put(host, host.vfs[0], qemu(999))
     assert session.release_resource(Resource.vf(host.vfs[0]))
