@@ -80,7 +80,7 @@ class Administration(Session):
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"
                 )
                 raise Refused(f"{message}; stop the guest first, or add --force", resource=resource.text)
-            in_use = self._back.wait_until_free((claim,), 0, holders=True)
+            in_use = self._back.wait_until_free((claim,), 0)
             if in_use:
                 raise Refused("; ".join(in_use), resource=resource.text)
             failures += self._back.heal(claim.token) if is_stale else self._back.give(claim.token)

@@ -331,7 +331,10 @@ def _read_left(file: _File) -> dict[str, frozenset[int]]:
     left: dict[str, frozenset[int]] = {}
     for name in file.table("host", "vfs"):
         keys = ("host", "vfs", name)
-        left[file.device(name, keys)] = file.indices(*keys) or frozenset()
+        device = file.device(name, keys)
+        if device in left:
+            file.fail(keys, f"{name} is {device}, whose VFs are named already; write them in one line")
+        left[device] = file.indices(*keys) or frozenset()
     return left
 
 

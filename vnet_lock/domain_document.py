@@ -63,9 +63,9 @@ def _make_builder() -> TreeBuilder:
 
 
 def read_name(root: Element) -> str:
-    """The guest's name; BadInput where it is none."""
-    name = root.findtext("name", "").strip()
-    if not name or "/" in name or "\n" in name:
+    """The guest's name, with all its blanks, as libvirt has it; BadInput where it is none."""
+    name = root.findtext("name", "")
+    if not name.strip() or "/" in name or "\n" in name:
         raise BadInput(f"guest XML: {name!r} is no name of a guest")
     return name
 

@@ -6,14 +6,14 @@ Whoever is at it marks the claims as his first; who finds the mark of a dead pro
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.dataclass import replace
 from vnet_lock.errors import Refused, VnetLockError
 from vnet_lock.journal import Keeper, MadeLink, share_key
-from vnet_lock.kernel import processes
+from vnet_lock.kernel import processes, sysfs
 from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import host_lock, pf_lock
@@ -71,13 +71,24 @@ class GivingBack:
         # A process that is dead holds nothing any more: what is held still is held by another.
         return self.give(token, wait_s=_HEAL_WAIT_S, still=Liveness(self._settings).is_stale)
 
-    def wait_until_free(
-        self, claims: tuple[Claim, ...], wait_s: float, *, holders: bool = False
-    ) -> list[str]:
-        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said.
+    def wait_until_free(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
+        """Wait until no process holds the devices; what is still held after ``wait_s`` seconds is said."""
+        deadline = time.monotonic() + wait_s
+        while True:
+            held = [*self._held_functions(claims), *self._held_links(claims)]
+            if not held or time.monotonic() > deadline:
+                return list(dict.fromkeys(held))
+            time.sleep(_RETRY_S)
 
-        Who has a macvtap on a PF open is asked for with ``holders`` only: its guest's end comes before.
-        """
+    def _held_functions(self, claims: tuple[Claim, ...]) -> Iterator[str]:
+        inventory = read_inventory(self._settings, [claim.resource.name for claim in claims])
+        for claim in claims:
+            for user in inventory.users_of(claim.resource):
+                if claim.mode is Mode.EXCLUSIVE and user.kind in (UseKind.VFIO, UseKind.NAMESPACE):
+                    yield f"{name_of(claim.resource)} is still in use {user.by_whom}"
+
+    def _held_links(self, claims: tuple[Claim, ...]) -> Iterator[str]:
+        """Macvtaps that were made for the claims, and that a process has open."""
         links = {
             name
             for claim in claims
@@ -85,20 +96,11 @@ class GivingBack:
             if isinstance(entry, MadeLink)
             for name in (entry.name, entry.final)
         }
-        deadline = time.monotonic() + wait_s
-        while True:
-            names = [claim.resource.name for claim in claims]
-            inventory = read_inventory(self._settings, names, holders=holders)
-            held = [
-                f"{name_of(claim.resource)} is still in use {user.by_whom}"
-                for claim in claims
-                for user in inventory.users_of(claim.resource)
-                if (claim.mode is Mode.EXCLUSIVE and user.kind in (UseKind.VFIO, UseKind.NAMESPACE))
-                or (user.kind is UseKind.UPPER and user.pid is not None and user.link in links)
-            ]
-            if not held or time.monotonic() > deadline:
-                return list(dict.fromkeys(held))
-            time.sleep(_RETRY_S)
+        found = ((sysfs.read_macvtap_rdev(self._settings, name), name) for name in sorted(links))
+        rdevs = {rdev: name for rdev, name in found if rdev is not None}
+        for rdev, users in processes.read_holders(self._settings, rdevs.keys()).items():
+            for user in users:
+                yield f'macvtap "{rdevs[rdev]}" is still in use {user.by_whom}'
 
     def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until the devices are free and undo what the journals say; return what could not be done."""

@@ -20,8 +20,8 @@ PACKAGES = (
     "libvirt-daemon-driver-qemu",
     "libvirt-daemon-system",
 )
-# Libraries that only the older one needs; as apt has them.
-LIBRARIES = ("libyajl2",)
+# Libraries that only the older one needs, and Python's module for it; as apt has them.
+LIBRARIES = ("libyajl2", "python3-libvirt")
 
 
 class NoOlder(Exception):
@@ -34,7 +34,7 @@ def unpack(cache: Path = TOP / ".lab") -> Path:
     Raises NoOlder where apt knows of no older one, or can't get it.
     """
     installed, version = _versions()
-    folder = cache / ("libvirt-" + re.sub(r"[^\w.+-]", "-", version))
+    folder = cache / ("older-libvirt-" + re.sub(r"[^\w.+-]", "-", version))
     if folder.is_dir():
         return folder
     made = cache / f"{folder.name}.{os.getpid()}"

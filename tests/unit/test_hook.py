@@ -19,7 +19,8 @@ from vnet_lock.errors import BadInput, Refused, VnetLockError
 from vnet_lock.front import hooks_install
 from vnet_lock.front.hook import Call, answer, perform
 from vnet_lock.front.libvirt_guest import read_owner
-from vnet_lock.model import Owner, OwnerKind, Process, Resource
+from vnet_lock.journal import LibvirtMacvtap, VfAdmin
+from vnet_lock.model import Claim, Mode, Owner, OwnerKind, Process, Resource, State
 from vnet_lock.request import Assignment, Fixed, Intent, Plan, Refusal, Request
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
@@ -186,6 +187,49 @@ def test_a_guest_without_devices_needs_no_session(host: FakeHost, operation: str
     fake = Fake()
     assert run_with(fake, host.settings, operation, (XML / "no-device.xml").read_bytes()) == (0, Told())
     assert fake.asked == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "metadata", "is_kept"),
+    [
+        ("passthrough", "", False),
+        # Whatever else is wrong with it.
+        (
+            "passthrough",
+            '<metadata><v:guest xmlns:v="urn:vnet-lock:guest:1"><v:x/></v:guest></metadata>',
+            False,
+        ),
+        ("bridge", "", True),
+    ],
+)
+def test_a_refused_guest_leaves_libvirt_no_note_to_change_anothers_vf_by(
+    tmp_path: Path, mode: str, metadata: str, is_kept: bool
+) -> None:
+    """libvirt 9.0 would put the VF back below the guest that has it."""
+    host = FakeHost(tmp_path)
+    vf, other = host.add_pf("0000:01:00.0", "eth0", ("igbvf", "igbvf"))
+    host.process(DAEMON, "libvirtd")
+    host.process(os.getpid(), "python")
+    notes = [Path(host.settings.libvirt_run) / f"qemu/eth0_vf{index}" for index in (0, 1)]
+    notes[0].parent.mkdir(parents=True)
+    for index, (pci, uuid) in enumerate(((vf, UUIDS["b"]), (other, UUIDS["a"]))):
+        notes[index].write_text("{}")
+        owner = Owner(OwnerKind.LIBVIRT, "x", "boot", uuid=uuid, process=Process(DAEMON, 4242))
+        journal = (VfAdmin("0000:01:00.0", index, "", 0, 0), LibvirtMacvtap(pci.text, "52:54:00:00:00:01"))
+        made = Claim(
+            Resource.vf(pci), Mode.EXCLUSIVE, State.ACTIVE, owner, uuid[-16:].replace("-", "0"), "n", 0.0
+        )
+        host.claim(replace(made, journal=journal))
+    xml = guest("a", metadata=metadata).replace(
+        b"<devices>",
+        b"<devices>"
+        + b"".join(
+            f"<interface type='direct'><source dev='eth0v{index}' mode='{mode}'/></interface>".encode()
+            for index in (0, 1)
+        ),
+    )
+    assert run_with(Fake(fails=Refused("it is held by b")), host.settings, "prepare", xml)[0] == 1
+    assert [note.exists() for note in notes] == [is_kept, True]
 
 
 # --- how it ends --------------------------------------------------------------------------------

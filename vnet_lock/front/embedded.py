@@ -9,14 +9,16 @@ leaves a QEMU that has to be killed, too.)
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from contextlib import suppress
+from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from vnet_lock.domain_document import read_text
 from vnet_lock.domain_xml import Guest, read_wishes
-from vnet_lock.errors import BadInput, Unsupported, VnetLockError
+from vnet_lock.errors import Unsupported, VnetLockError
 from vnet_lock.front.program import ENDING
 from vnet_lock.front.resolver import planned_anew, resolve_alone
 from vnet_lock.front.verbs import read_file
@@ -29,6 +31,7 @@ from vnet_lock.settings import Settings
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
 
+_PLAIN = re.compile("[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,39}")
 # How long a signal may wait.
 _TICK_S = 1.0
 
@@ -44,7 +47,7 @@ def run(settings: Settings, path: str, print_only: bool) -> int:
     read_text(xml)  # libvirt would be asked only when all is claimed
     _refuse_macvtaps(guest)
     name = guest.name
-    root = f"{settings.lib}/embed/{name}"
+    root = f"{settings.lib}/embed/{_folder(name)}"
     me, boot = processes.this_process(settings), processes.read_boot_id(settings)
     owner = Owner(OwnerKind.QEMU, name, boot, process=me, pid_file=_pid_file(root, name))
     session = Session(settings)
@@ -89,14 +92,20 @@ def _refuse_macvtaps(guest: Guest) -> None:
             )
 
 
+def _folder(name: str) -> str:
+    """The name of a guest's own directory, as a URI, a setting and the path of a socket can have it.
+
+    Read as another's it would be opened as another's, and that guest ended.
+    """
+    return name if _PLAIN.fullmatch(name) else "~" + sha256(name.encode()).hexdigest()[:32]
+
+
 def _require_alone(root: str, name: str) -> None:
     """See that the guest doesn't run already: the driver, once opened, would end one that was left behind.
 
     One that is dead is none of the driver's either: libvirt would take back the devices that it had, whoever
     has them by now. What they were before is in our journals.
     """
-    if name in (".", ".."):
-        raise BadInput(f"guest XML: {name!r} is no name of a guest")
     status = f"{root}/run/qemu/{name}.xml"
     # Looked at before the locks: what another writes who starts it at this moment is another file.
     left = _identity(status)

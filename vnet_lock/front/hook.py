@@ -164,13 +164,26 @@ def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
         if call.operation == "prepare":
             _check_for_user(call, open_session)
         return b""
+    if call.operation in ("stopped", "release"):
+        _give_back(call, open_session)
+        return b""
+    try:
+        return _take(call, open_session)
+    except BaseException:
+        if call.operation == "prepare":
+            from vnet_lock.front import libvirt_notes
+
+            with suppress(VnetLockError):
+                libvirt_notes.remove_of_others(call.settings, call.xml)
+        raise
+
+
+def _take(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
+    """What of a guest is claimed, made, reserved or checked; its XML as ``perform`` returns it."""
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
     from vnet_lock.request import Fixed
 
-    if call.operation in ("stopped", "release"):
-        _give_back(call, open_session)
-        return b""
     found = domain_xml.read_guest(call.xml)
     requests = found.requests
     if call.operation in ("start", "reconnect"):

@@ -37,6 +37,7 @@ _LATER = (
     "vnet_lock.front.arrival",
     "vnet_lock.front.companion",
     "vnet_lock.front.libvirt_guest",
+    "vnet_lock.front.libvirt_notes",
     "encodings.ascii",
     "filelock",
     "syslog",

@@ -6,7 +6,7 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import Inventory, Owner, OwnerKind, PciAddress, Process
+from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, PciAddress, Process
 from vnet_lock.request import Fixed
 from vnet_lock.settings import Settings
 
@@ -51,15 +51,14 @@ def read_daemon(settings: Settings) -> Process | None:
 def find_tokens(settings: Settings, table: ClaimTable, owner: Owner, request: Fixed) -> list[str]:
     """The tokens of what a guest has claimed for one of its interfaces.
 
-    A PCI function is in a guest once; of a network device that several interfaces share each has a claim.
+    What is exclusive is in a guest once; of a network device that several interfaces share each has a claim.
     """
     names = device_names(read_inventory(settings, [str(request.device)]), request)
-    is_shared = not isinstance(request.device, PciAddress)
     found = (
         claim.token
         for claim in table.read().of(owner)
         if claim.resource.name in names
-        and (not is_shared or claim.interface == request.interface or claim.mac == request.mac)
+        and (claim.mode is Mode.EXCLUSIVE or claim.interface == request.interface or claim.mac == request.mac)
     )
     return list(dict.fromkeys(found))
 

@@ -19,18 +19,14 @@ _TRIES = 3
 
 
 def read_inventory(
-    settings: Settings,
-    devices: Collection[str] | None = None,
-    *,
-    vlans: bool = False,
-    holders: bool = False,
+    settings: Settings, devices: Collection[str] | None = None, *, vlans: bool = False
 ) -> Inventory:
     """The network functions and devices of this host, and their users.
 
     ``devices`` (names or PCI addresses) restricts it to what these concern: a VF's or PF's whole PF, a
     network device with all below it and what stands directly on it. What isn't there is absent. An IP
     address among them has the host as its user where it is the host's own. ``vlans`` asks for the
-    administrative VLANs of VFs, too; ``holders`` for who has a PF's macvtaps open, as it is for a whole host.
+    administrative VLANs of VFs, too.
     """
     seen = _read_all(settings) if devices is None else _read_concerned(settings, devices)
     for _ in range(_TRIES - 1):
@@ -43,8 +39,7 @@ def read_inventory(
     if vlans:
         pfs = tuple(map(_with_vlans, pfs))
     nics = {name: _as_told(nic, told) for name, nic in nics.items()}
-    thorough = holders or devices is None
-    users = read_users(settings, pfs, nics.values(), told.addresses, thorough=thorough)
+    users = read_users(settings, pfs, nics.values(), told.addresses, thorough=devices is None)
     return Inventory(
         pfs=pfs,
         nics=tuple(nics.values()),
