@@ -116,12 +116,12 @@ def name_of(resource: Resource) -> str:
 
 
 def is_ifname(text: str) -> bool:
-    """Whether the kernel takes this as a device's name (dev_valid_name, net/core/dev.c)."""
+    """Whether a device can have this name (dev_valid_name, net/core/dev.c; a % is a pattern's)."""
     try:
         length = len(text.encode())
     except UnicodeEncodeError:  # bytes of a command line that are no UTF-8
         return False
-    return 0 < length < 16 and text not in (".", "..") and not re.search(r"[/:\s\0]", text)
+    return 0 < length < 16 and text not in (".", "..") and not re.search(r"[/:%\s\0]", text)
 
 
 def parse_address(text: str) -> str:

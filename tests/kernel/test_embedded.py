@@ -53,9 +53,9 @@ def guest(host: Host, tmp_path: Path) -> Iterator[Path]:
         os.kill(pid, signal.SIGKILL)
 
 
-def holder() -> int | None:
+def holder(pid_file: Path = PID_FILE) -> int | None:
     """The QEMU that has the lock on libvirt's pid file; not libvirt's child that is to become it."""
-    pid = processes.read_lock_holder(str(PID_FILE))
+    pid = processes.read_lock_holder(str(pid_file))
     with contextlib.suppress(FileNotFoundError):  # it is about to be gone
         return pid if pid and "qemu-system" in os.readlink(f"/proc/{pid}/exe") else None
     return None
@@ -112,6 +112,30 @@ def test_a_guest_outlives_its_wrapper_and_is_never_started_twice(host: Host, gue
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0, process.communicate()
     assert host.claims() == []
+
+
+@pytest.mark.parametrize("name", ["alone#2", "%61lone", " alone", "a b:é", "x" * 90])
+def test_a_guest_of_any_name_has_a_driver_of_its_own(host: Host, guest: Path, name: str) -> None:
+    """Read as part of a URI, a name may be another guest's, whom the driver would end."""
+    guest.write_text(GUEST.replace("<name>alone<", f"<name>{name}<"))
+    with started([VNET_QEMU, str(guest)]) as process:
+        eventually(lambda: process.poll() is not None or (host.claims() and holder(lock_of(host))), 90)
+        assert process.poll() is None, process.communicate()
+        lock = lock_of(host)
+        assert not ROOT.exists()
+        process.kill()
+        process.wait()
+    assert subprocess.check_output([VNET_LOCK, "gc"], text=True) == "nothing is stale\n"
+    pid = holder(lock)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: holder(lock) is None)
+    assert "healed" in subprocess.check_output([VNET_LOCK, "gc"], text=True)
+
+
+def lock_of(host: Host) -> Path:
+    """The file by whose lock the guest's claims live."""
+    return Path(host.claims()[0]["owner"]["pid_file"])
 
 
 def test_a_wrapper_that_is_killed_while_libvirt_starts_its_guest_takes_nothing_from_it(

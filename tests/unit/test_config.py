@@ -153,6 +153,7 @@ def test_all_that_a_file_can_say_is_read(tmp_path: Path) -> None:
         ("[pools]\n\na = 3", 3, "'a' is a table: [pools.a]"),
         ("[pools.a]\npf = ['enp1']\n[host]\nvf = 3", 4, "unknown key 'vf': [host] doesn't"),
         ("[host.vfs]\nenp1 = '0'\n'a/b' = '1'", 3, "'a/b' is neither"),
+        ("[host.vfs]\n'01:00.0' = '0'\n'0000:01:00.0' = '2'", 3, "0000:01:00.0, whose VFs are named already"),
         ("x = '''\n[host]\n'''\n[host]\ny = 1", 1, "unknown key 'x'"),
         ("[defaults.open]\ndev = ['enp1']", 1, "'open' is no policy"),
         ("[defaults.veb]\nport = 'sriov'", 1, "either dev = […] or pool"),

@@ -509,6 +509,13 @@ def test_metadata_of_others_is_left_alone() -> None:
     assert read_guest(xml).requests == ()
 
 
+def test_a_name_has_all_its_blanks_as_libvirts_own_files_have_it() -> None:
+    assert read_identity(b"<domain><name> web1 </name></domain>")[0] == " web1 "
+    for name in ("", " ", "a\n", "a/b"):
+        with pytest.raises(BadInput, match="no name of a guest"):
+            read_identity(f"<domain><name>{name}</name></domain>".encode())
+
+
 def test_a_guest_with_a_wrong_intent_still_has_a_name_and_a_uuid() -> None:
     assert read_identity(domain(ETHERNET, intent(policy="open"))) == ("g", UUID)
 

@@ -563,6 +563,14 @@ def test_of_two_hostdevs_of_files_each_gives_back_its_own(host, plug, guest, tmp
     assert (found.resource, found.state) == (Resource.vf(host.vfs[1 - gone]), State.ACTIVE)
 
 
+def test_a_whole_device_is_given_back_whatever_its_claim_was_made_for(host, plug, guest):
+    text = "<interface type='direct'>{}<source dev='wire0' mode='passthrough'/>{}</interface>"
+    start_by_hook(host, guest, text.format("", ""))
+    guest.devices = [text.format("<mac address='52:54:00:00:00:01'/>", "<alias name='net0'/>")]
+    assert plug("detach", "web1", "net0")[0] == 0
+    assert claims(host) == []
+
+
 def test_of_two_macvtaps_on_one_device_each_gives_back_its_own(host, plug, guest):
     text = (
         "<interface type='direct'><mac address='52:54:00:00:00:0{0}'/><source dev='wire0' mode='vepa'/>"

@@ -31,7 +31,7 @@ from vnet_lock.settings import Settings
 if TYPE_CHECKING:
     from vnet_lock.front.libvirt_client import Domain, Libvirt
 
-_PLAIN = re.compile("[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,39}")
+_PLAIN = re.compile("[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,23}")
 # How long a signal may wait.
 _TICK_S = 1.0
 
@@ -97,7 +97,7 @@ def _folder(name: str) -> str:
 
     Read as another's it would be opened as another's, and that guest ended.
     """
-    return name if _PLAIN.fullmatch(name) else "~" + sha256(name.encode()).hexdigest()[:32]
+    return name if _PLAIN.fullmatch(name) else "~" + sha256(name.encode()).hexdigest()[:16]
 
 
 def _require_alone(root: str, name: str) -> None:
