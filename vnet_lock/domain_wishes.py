@@ -66,6 +66,11 @@ class Wish:
         """Whether libvirt itself opens what stands there."""
         return self.kind not in ("", *_LATE_BACKENDS)
 
+    @property
+    def is_vhost_user(self) -> bool:
+        """Whether QEMU has it from a socket that a process of ours serves: a form that libvirt takes late."""
+        return self.kind == "vhostuser"
+
 
 def read(root: Element) -> tuple[Wish, ...]:
     """What the metadata of a <domain> asks for; BadInput where it can't be understood."""
@@ -145,7 +150,7 @@ def _check_wish(wish: Wish, target: Element | None) -> None:
             raise BadInput(f'{what}: no <interface> of the guest has <alias name="{wish.intent.interface}"/>')
     elif wish.kind == "ethernet" and Backend.VFIO not in wish.intent.backends:
         _check_target(target, what)
-    elif wish.kind == "vhostuser":
+    elif wish.is_vhost_user:
         _check_vhost_user(target, what)
     elif wish.is_resolved and policy not in _RESOLVED_TYPES.get(kind, ()):
         raise BadInput(
@@ -302,7 +307,7 @@ def _check_memory(root: Element, wishes: tuple[Wish, ...]) -> None:
     """What serves a vhostuser interface reads and writes the guest's memory, so that has to be shared."""
     usual = attribute(root, "memoryBacking/access", "mode")
     cells = [cell.get("memAccess", usual) for cell in root.iterfind("cpu/numa/cell")] or [usual]
-    one = next((wish for wish in wishes if wish.kind == "vhostuser"), None)
+    one = next((wish for wish in wishes if wish.is_vhost_user), None)
     if one and any(mode != "shared" for mode in cells):
         raise BadInput(
             f"interface {one.intent.interface}: of type vhostuser it needs the guest's memory shared: add"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_host import VFIO, FakeHost
+from tests.fake_host import VFIO, FakeHost, build
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Backend
 from vnet_lock.domain_xml import read_guest
@@ -210,6 +210,23 @@ def test_a_file_that_is_no_guest_is_bad_input(run, tmp_path):
 
 
 # --- define, start ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["late", "full"])
+@pytest.mark.parametrize("more", ["", ' backends="socket+vhost"'])
+def test_an_interface_that_is_served_by_a_socket_stays_as_it_is(host, run, tmp_path, form, more):
+    """libvirt takes it late as it takes an ethernet one, and the hook serves it."""
+    build(host.root, {"dev/vhost-net": ""})
+    path = tmp_path / "web14.xml"
+    text = (Path(__file__).parents[2] / "xml/intent-vhostuser.xml").read_text()
+    path.write_text(text.replace('dev="enp1s0"', f'dev="wire0"{more}'))
+    said = "a process of ours serves its socket"
+    remark = f"vnet-lock: interface ua-net0 is left to the hook: {said}\n" if form == "full" else ""
+    assert run("resolve", "--form", form, str(path)) == (0, path.read_text(), remark)
+    code, _, err = run("start", "-c", URI, str(path))
+    assert (code, "interface ua-net0: libvirt's hook has to make it" in err) == (5, True)
+    with pytest.raises(Unsupported, match="ua-net0: only libvirt's hook"):
+        alone(host, path.read_text())
 
 
 def test_defining_takes_what_is_resolved_and_claims_nothing(host, run, write, libvirt):

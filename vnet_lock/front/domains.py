@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -74,7 +74,7 @@ def start(settings: Settings, args: Namespace, connect: Connect | None = None) -
         session = Session(settings)
         found, grants = _claim(session, xml, owner, full=args.form == "full")
         with _given_back(session, grants), _naming(found.forms):
-            _require_hook(settings, found.forms)
+            _require_hook(settings, found.late)
             if domain is not None and found.xml == xml:
                 domain.start(args.paused)
             else:
@@ -272,11 +272,11 @@ def has_hook(settings: Settings) -> bool:
     return any(file.state is HookState.INSTALLED for file in read_status(settings))
 
 
-def _require_hook(settings: Settings, forms: Mapping[str, Form | None]) -> None:
-    late = [alias for alias, form in forms.items() if form is None or form.kind == "ethernet"]
-    if late and not has_hook(settings):
+def _require_hook(settings: Settings, late: Iterable[str]) -> None:
+    alias = next(iter(late), None)
+    if alias is not None and not has_hook(settings):
         raise Unsupported(
-            f"interface {late[0]}: libvirt's hook has to make it, which isn't there; run: vnet-lock hooks"
+            f"interface {alias}: libvirt's hook has to make it, which isn't there; run: vnet-lock hooks"
             " install"
         )
 

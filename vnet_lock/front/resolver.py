@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.domain_rewrite import Form, rewrite
-from vnet_lock.domain_wishes import Wish
+from vnet_lock.domain_wishes import Wish, late_intents
 from vnet_lock.domain_xml import read_guest, read_opened_for, read_wishes
 from vnet_lock.errors import Refused, Unsupported
 from vnet_lock.kernel import sysfs
@@ -23,6 +23,7 @@ from vnet_lock.settings import Settings
 T = TypeVar("T")
 
 _ATTEMPTS = 5
+_SERVED = "a process of ours serves its socket"
 # What the ifalias of a bridge of ours begins with.
 _OURS = "vnet-lock:"
 
@@ -39,8 +40,8 @@ class Planner(Protocol):
 class Resolved:
     """A guest's XML as it is to be.
 
-    ``forms`` has each interface that was asked for by its alias, None for one that isn't in the XML before
-    the guest runs; ``late`` says of those that the hook makes why libvirt can't open them itself.
+    ``forms`` has each interface that was written by its alias, None for one that isn't in the XML before the
+    guest runs; ``late`` says of those that the hook makes why libvirt can't open them itself.
     """
 
     xml: bytes
@@ -59,10 +60,12 @@ def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = T
     else:
         forms, late = {}, dict.fromkeys((wish.intent.interface for wish in wishes), "")
     forms |= {
-        wish.intent.interface: late_form(wish, guest.name) for wish in wishes if wish.intent.interface in late
+        wish.intent.interface: late_form(wish, guest.name)
+        for wish in wishes
+        if wish.intent.interface in late and not wish.is_vhost_user
     }
     # In the user's order.
-    forms = {wish.intent.interface: forms[wish.intent.interface] for wish in wishes}
+    forms = {alias: forms[alias] for wish in wishes if (alias := wish.intent.interface) in forms}
     written = rewrite(xml, forms) if forms else xml
     read_guest(written)  # the hook will: what it couldn't read is told now
     return Resolved(written, forms, late)
@@ -71,9 +74,14 @@ def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = T
 def resolve_alone(planner: Planner, xml: bytes, owner: Owner) -> tuple[bytes, tuple[Request, ...]]:
     """The guest as libvirt is to get it where no hook runs, and what is to be claimed and made for it before.
 
-    Its macvtaps are ours, too. Raises as ``resolve``.
+    Its macvtaps are ours, too. Raises as ``resolve``, and Unsupported for what only a hook serves.
     """
     guest, wishes = read_wishes(xml)
+    if served := next((wish for wish in wishes if wish.is_vhost_user), None):
+        raise Unsupported(
+            f"interface {served.intent.interface}: only libvirt's hook serves one of type vhostuser; write"
+            " <interface type='ethernet'> in its place, or have the system daemon start the guest"
+        )
     chosen, _ = _choose(planner, guest.requests, wishes, owner)
     forms: dict[str, Form | None] = {}  # in the user's order
     intents: dict[str, Intent] = {}
@@ -105,17 +113,20 @@ def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
 def _choose(
     planner: Planner, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
 ) -> tuple[dict[str, Form | None], dict[str, str]]:
-    requests = (*others, *map(full_intent, wishes))
+    served = late_intents(tuple(wish for wish in wishes if wish.is_vhost_user))
+    requests = (*others, *served, *(full_intent(wish) for wish in wishes if not wish.is_vhost_user))
     forms: dict[str, Form | None] = {}
     late: dict[str, str] = {}
     for assignment in _plan(planner, requests, owner, beside=False) if wishes else ():
         if not isinstance(assignment.request, Intent):
             continue
-        form = form_of(planner.settings, assignment)
+        alias = assignment.request.interface
+        is_served = any(alias == intent.interface for intent in served)
+        form = _SERVED if is_served else form_of(planner.settings, assignment)
         if isinstance(form, Form):
-            forms[assignment.request.interface] = form
+            forms[alias] = form
         else:
-            late[assignment.request.interface] = form
+            late[alias] = form
     return forms, late
 
 
