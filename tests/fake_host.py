@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -212,6 +215,24 @@ class FakeHost:
         """Write claims, whatever speaks against them."""
         with ClaimTable(self.settings).guarded() as writer:
             writer.add(claims)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Somebody holds a POSIX lock on the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    code = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
+        "print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process.pid
+        finally:
+            process.kill()
 
 
 def stat_line(

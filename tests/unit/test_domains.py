@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.fake_host import VFIO, FakeHost, build
+from tests.fake_host import START_TICKS, VFIO, FakeHost, build, locked
 from vnet_lock.claims import ClaimTable
 from vnet_lock.combination import Backend
 from vnet_lock.domain_xml import read_guest
@@ -17,10 +18,11 @@ from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import domains
 from vnet_lock.front.cli import main, parser
 from vnet_lock.front.command import serve
+from vnet_lock.front.hooks_install import install
 from vnet_lock.front.libvirt_client import Disconnected, Libvirt
 from vnet_lock.front.libvirt_guest import read_owner
 from vnet_lock.front.resolver import resolve_alone
-from vnet_lock.model import Claim, Mode, PciAddress, Resource, State
+from vnet_lock.model import Claim, Mode, PciAddress, Process, Resource, State
 from vnet_lock.request import Fixed, Request
 from vnet_lock.session import Session
 
@@ -277,6 +279,25 @@ def test_what_the_hook_is_to_make_takes_the_hook(host, run, write, libvirt):
         " hooks install\n"
     )
     assert claims(host) == []
+
+
+def test_a_hook_that_the_daemon_does_not_know_makes_nothing_and_ends_no_claim(host, write, plug):
+    """It looks for hooks when it starts and when it is told to; nothing would be given back by them."""
+    install(host.settings)
+    build(host.root, {"proc/stat": f"btime {int(time.time()) - 10_000}\n"})
+    with locked(Path(host.settings.libvirt_run) / "qemu/driver.pid") as pid:
+        daemon = host.add_process(pid, "libvirtd")
+        code, _, err = plug("start", "--form=late", write(ON_PF))
+        assert code == 5
+        assert err == (
+            "vnet-lock: interface ua-net0: libvirt's hook has to make it, which isn't known to libvirtd (pid"
+            f" {pid}) yet; run: systemctl reload libvirtd\n"
+        )
+        assert plug("attach", "web1", *WORDS)[0] == 0
+        assert {claim.owner.process for claim in claims(host)} == {Process(os.getpid(), START_TICKS)}
+        Path(host.settings.looked_path(pid)).touch()
+        assert plug("attach", "web1", *WORDS)[0] == 0
+        assert {claim.owner.process for claim in claims(host)} == {daemon}
 
 
 @pytest.mark.parametrize("uri", ["qemu+ssh://host/system", "qemu:///session"])

@@ -1,16 +1,13 @@
 """What a port of a network does to claims: a new one may be refused, and no other."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.fake_host import FakeHost
+from tests.fake_host import FakeHost, locked
 from tests.unit.test_companion import qemu
 from tests.unit.test_hook import UUIDS, VF0, VF1, Told
 from vnet_lock.claims import ClaimTable
@@ -109,24 +106,6 @@ def host(tmp_path: Path) -> Iterator[FakeHost]:
     host.settings = replace(host.settings, proc=DEFAULT.proc)
     with locked(Path(host.settings.libvirt_run) / "qemu/driver.pid"):
         yield host
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Somebody holds a POSIX lock on the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    code = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
-        "print(flush=True); time.sleep(600)"
-    )
-    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            yield process.pid
-        finally:
-            process.kill()
 
 
 def hook(host: FakeHost, operation: str, xml: bytes) -> tuple[int, Told]:

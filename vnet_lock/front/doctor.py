@@ -12,9 +12,9 @@ from vnet_lock.config import Config, format_indices, read_config
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hook_call, hook_server, hooks_install
-from vnet_lock.front.hooks_install import HookFile, HookState
+from vnet_lock.front.hooks_install import HookState
 from vnet_lock.kernel import confinement, programs
-from vnet_lock.kernel.confinement import HOOKS_OF, Daemon
+from vnet_lock.kernel.confinement import HOOKS_OF
 from vnet_lock.kernel.modules import lacks_module
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.kernel.sysfs import read_text
@@ -193,7 +193,7 @@ def _look_at_daemons(settings: Settings) -> Found:
     files = dict(zip(hooks_install.DRIVERS, hooks_install.read_status(settings), strict=True))
     for daemon in daemons:
         there = [driver for driver in HOOKS_OF[daemon.name] if files[driver].since is not None]
-        unseen = [driver for driver in there if not _has_found(daemon, files[driver])]
+        unseen = [driver for driver in there if not files[driver].is_known_to(daemon)]
         if unseen:
             message = (
                 f"{daemon.text} hasn't looked for hooks since that for {' and '.join(unseen)} was put there, "
@@ -202,22 +202,6 @@ def _look_at_daemons(settings: Settings) -> Found:
             yield Health.ERROR, message
         elif there:
             yield Health.OK, f"{daemon.text} knows its hooks"
-
-
-def _has_found(daemon: Daemon, file: HookFile) -> bool:
-    """Whether a daemon has looked for hooks since one was there.
-
-    libvirt looks for them at its start and at SIGHUP (virHookCall), for whether there is any: of two in one
-    folder it runs both, if it found one.
-    """
-    folder = os.path.dirname(file.path)
-    others = (folder.removesuffix(".d"), *(f"{folder}/{name}" for name in os.listdir(folder)))
-    times = [
-        os.stat(path).st_ctime_ns
-        for path in others
-        if path != file.path and os.path.isfile(path) and os.access(path, os.X_OK)
-    ]
-    return min([file.since or 0, *times]) <= max(daemon.started, daemon.looked)
 
 
 def _look_at_confinement(settings: Settings) -> Found:

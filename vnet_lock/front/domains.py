@@ -86,6 +86,8 @@ def start(settings: Settings, args: Namespace, connect: Connect | None = None) -
 
 def attach(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Plug an interface into a running guest: one of a file, or one that is chosen."""
+    from vnet_lock.front.hooks_install import find_lack
+
     if args.interface is not None and _has_words(args):
         raise BadInput("attach takes a FILE.xml, or --mode and --dev, not both")
     with (connect or _connect)(args.connect) as libvirt:
@@ -104,7 +106,7 @@ def attach(settings: Settings, args: Namespace, connect: Connect | None = None) 
         with _given_back(session, grants), _about_interface(alias):
             domain.attach(xml)
         daemon = read_daemon(settings)
-        if daemon is not None and has_hook(settings):
+        if daemon is not None and not find_lack(settings):
             # From its end until libvirt has given all back the guest lives by its daemon.
             session.hand_over(owner, replace(owner, process=daemon))
     devices = "".join(f": {name_of(grant.assignment.device)}" for grant in grants if grant.token)
@@ -265,20 +267,12 @@ def _owner_of(settings: Settings, name: str, uuid: str) -> Owner:
     return read_owner(settings, name, uuid, os.getpid())
 
 
-def has_hook(settings: Settings) -> bool:
-    """Whether libvirt would call us at a guest's start and end."""
-    from vnet_lock.front.hooks_install import HookState, read_status
-
-    return any(file.state is HookState.INSTALLED for file in read_status(settings))
-
-
 def _require_hook(settings: Settings, late: Iterable[str]) -> None:
+    from vnet_lock.front.hooks_install import find_lack
+
     alias = next(iter(late), None)
-    if alias is not None and not has_hook(settings):
-        raise Unsupported(
-            f"interface {alias}: libvirt's hook has to make it, which isn't there; run: vnet-lock hooks"
-            " install"
-        )
+    if alias is not None and (lack := find_lack(settings)):
+        raise Unsupported(f"interface {alias}: libvirt's hook has to make it, which {lack}")
 
 
 def _require_startable(domain: Domain) -> None:

@@ -12,7 +12,8 @@ from enum import StrEnum
 
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import BadInput, VnetLockError
-from vnet_lock.kernel.confinement import has_apparmor
+from vnet_lock.kernel import confinement
+from vnet_lock.kernel.confinement import Daemon
 from vnet_lock.settings import Settings
 
 DRIVERS = ("qemu", "network", "daemon")
@@ -52,6 +53,32 @@ class HookFile:
     def text(self) -> str:
         """One line for a person."""
         return f"{self.path}: {self.state}" + (f"; {self.note}" if self.note else "")
+
+    def is_known_to(self, daemon: Daemon) -> bool:
+        """Whether a daemon has looked for hooks since one was there.
+
+        libvirt looks for them at its start and at SIGHUP (virHookCall), for whether there is any: of two in
+        one folder it runs both, if it found one.
+        """
+        folder = os.path.dirname(self.path)
+        others = (folder.removesuffix(".d"), *(f"{folder}/{name}" for name in os.listdir(folder)))
+        times = [
+            os.stat(path).st_ctime_ns
+            for path in others
+            if path != self.path and os.path.isfile(path) and os.access(path, os.X_OK)
+        ]
+        return min([self.since or 0, *times]) <= max(daemon.started, daemon.looked)
+
+
+def find_lack(settings: Settings) -> str:
+    """Why libvirt would not call us at a guest's start and end, with what to do; "" where it would."""
+    hook = _read_file(settings, "qemu")
+    if hook.state not in (HookState.INSTALLED, HookState.OUTDATED):
+        return "isn't there; run: vnet-lock hooks install"
+    for daemon in confinement.read_daemons(settings):
+        if "qemu" in confinement.HOOKS_OF[daemon.name] and not hook.is_known_to(daemon):
+            return f"isn't known to {daemon.text} yet; run: systemctl reload {daemon.name}"
+    return ""
 
 
 def install(settings: Settings) -> list[str]:
@@ -140,7 +167,7 @@ def _notes(settings: Settings, *, is_new: bool) -> list[str]:
 def apparmor_lack(settings: Settings) -> str:
     """Why AppArmor may keep libvirt from running the hooks; empty where it doesn't."""
     interpreter = _interpreter()
-    if interpreter.startswith(_CONFINED_TO) or not has_apparmor(settings):
+    if interpreter.startswith(_CONFINED_TO) or not confinement.has_apparmor(settings):
         return ""
     return (
         f"AppArmor may keep libvirt from running {interpreter}; install with a Python below"
