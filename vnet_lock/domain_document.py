@@ -45,7 +45,7 @@ def parse(xml: bytes, tag: str = "domain") -> Element:
 def read_text(xml: bytes) -> str:
     """A document as libvirt's calls take it; BadInput where it has another encoding than theirs."""
     try:
-        return xml.decode()
+        return xml.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadInput("the XML isn't UTF-8; convert it first: iconv -t UTF-8") from error
 

@@ -419,7 +419,7 @@ def test_attaching_a_device_of_a_file_claims_it_before(host, plug, guest, tmp_pa
     assert (code, out) == (4, "")
     assert "VF 0000:01:10.0 is held by qemu" in err
     assert len(guest.devices) == 1
-    path.write_text(text.format(2))
+    path.write_text("\ufeff" + text.format(2))
     assert plug("attach", "web1", str(path))[:2] == (
         0, 'interface 52:54:00:00:00:09 is attached to guest "web1": VF 0000:01:10.2\n',
     )  # fmt: skip
@@ -457,6 +457,8 @@ def test_a_vf_is_teamed_with_an_interface_of_the_guest(host, plug, guest):
     assert "<mac address='52:54:00:00:00:ab'/>" in guest.devices[-1]
     assert claims(host)[0].mac == "52:54:00:00:00:ab"
     assert plug("attach", "web1", *WORDS, "--teaming", "ua-none")[0] == 2
+    code, _, err = plug("attach", "web1", *WORDS, "--teaming", "ua-s", "--mac", "52:54:00:00:00:01")
+    assert (code, "leave --mac out" in err) == (2, True)
     assert plug("attach", "web1", *WORDS[:-1], "tap", "--teaming", "ua-s")[0] == 2
 
 
@@ -676,6 +678,17 @@ def test_of_two_aliases_that_differ_in_case_the_one_that_is_named_is_detached(pl
     left = guest.devices[:1]
     assert plug("detach", "web1", "ua-a")[0] == 0
     assert guest.devices == left
+
+
+def test_a_guest_that_ends_meanwhile_has_let_go_of_it(host, plug, guest):
+    assert plug("attach", "web1", *WORDS)[0] == 0
+
+    def detach_alias(_alias: str) -> None:
+        guest.is_active = False  # its definition has the interface still
+
+    guest.detach_alias = detach_alias
+    assert plug("detach", "web1", "ua-net1")[0] == 0
+    assert claims(host) == []
 
 
 def test_what_a_guest_does_not_let_go_of_stays_claimed(host, plug, guest):

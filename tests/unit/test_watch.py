@@ -218,6 +218,25 @@ def test_a_guest_that_ends_while_it_is_looked_at_keeps_nothing(host: FakeHost, w
     assert claims(host) == []
 
 
+@pytest.mark.parametrize("what", [Happened.UNDEFINED, Happened.CRASHED])
+def test_a_guest_that_runs_on_without_its_definition_gives_back_what_goes(
+    host: FakeHost, watch: Watch, what: Happened
+) -> None:
+    one = Guest("a", guest("a", VF0))
+    libvirt = Libvirt([one], watch=watch)
+
+    def events(_timeout_s: float) -> Iterator[Event]:
+        yield Event(one.name, one.uuid, what)
+        assert claims(host) == [(f"vf:{VF0}", "a")]
+        one.gets()
+        yield Event(one.name, one.uuid, Happened.DEVICE_REMOVED)
+        watch.is_over = True
+
+    libvirt.events = events  # type: ignore[method-assign]
+    watch.run(libvirt)  # type: ignore[arg-type]
+    assert claims(host) == []
+
+
 def test_the_end_of_a_guest_is_left_to_its_hook(host: FakeHost, watch: Watch) -> None:
     one = Guest("a", guest("a", VF0))
     look(watch, one)

@@ -134,7 +134,7 @@ def detach(settings: Settings, args: Namespace, connect: Connect | None = None) 
             tokens = _tokens_named(session, owner, args.interface)
         if tokens:
             # A claim isn't called as libvirt calls its device, which may be there under another alias.
-            tokens -= {token for one in _plugged(domain) for token in _tokens_of(session, owner, one)}
+            tokens -= {token for one in _still_plugged(domain) for token in _tokens_of(session, owner, one)}
         session.release_tokens(owner, sorted(tokens))
     if found is None and not tokens:
         raise BadInput(
@@ -195,6 +195,8 @@ def _claim_words(
         raise BadInput(f'guest "{domain.name}" has an interface {alias} already; choose another --alias')
     (intent,) = read_words(args)
     assert isinstance(intent, Intent)  # noqa: S101 - words ask for nothing else
+    if args.teaming and intent.mac:
+        raise BadInput("teamed with another interface it has the same MAC address; leave --mac out")
     mac = _mac_of(domain, args.teaming) if args.teaming else intent.mac or random_mac()
     intent = replace(intent, interface=alias, mac=mac, teaming=args.teaming or "")
     if intent.teaming and (intent.backends != (Backend.VFIO,) or args.form == "late"):
@@ -311,6 +313,14 @@ def _plugged(domain: Domain) -> tuple[Plugged, ...]:
     return read_plugged(domain.read_xml().encode())
 
 
+def _still_plugged(domain: Domain) -> tuple[Plugged, ...]:
+    """What it has; nothing of one that has ended, whatever its definition says."""
+    try:
+        return _plugged(domain) if domain.is_active else ()
+    except BadInput:  # it was transient, and isn't known any more
+        return ()
+
+
 def _find_plugged(domain: Domain, word: str) -> Plugged | None:
     """The interface with an alias or MAC; None where there is none, BadInput where several are called so."""
     there = _plugged(domain)
@@ -333,11 +343,14 @@ def _mac_of(domain: Domain, alias: str) -> str:
 
 
 def _wait_until_gone(libvirt: Libvirt, domain: Domain, alias: str, timeout_s: float) -> None:
-    """Until libvirt has taken the device from the guest's XML, which it does after giving it back."""
+    """Until libvirt has taken the device from the guest's XML, which it does after giving it back.
+
+    Or until the guest ends, and so has nothing any more.
+    """
     from vnet_lock.front.libvirt_client import Happened
 
     events = libvirt.events(timeout_s)
-    while any(one.alias == alias for one in _plugged(domain)):
+    while any(one.alias == alias for one in _still_plugged(domain)):
         event = next(events, None)
         if event is None or (event.what is Happened.DEVICE_REMOVAL_FAILED and event.alias == alias):
             raise VnetLockError(

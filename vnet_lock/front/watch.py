@@ -29,8 +29,11 @@ from vnet_lock.settings import Settings
 
 _PROGRAM = "vnet-lock"
 _RETRY_S = 1.0
-_LOOK = (Happened.STARTED, Happened.RESUMED, Happened.DEVICE_ADDED, Happened.DEVICE_REMOVED)
-_ENDED = (Happened.STOPPED, Happened.CRASHED, Happened.UNDEFINED)
+# After some of these it may run on: undefined it is transient, crashed it may be kept.
+_LOOK = (
+    *(Happened.STARTED, Happened.RESUMED, Happened.DEVICE_ADDED, Happened.DEVICE_REMOVED),
+    *(Happened.CRASHED, Happened.UNDEFINED),
+)
 
 
 class Guards(Protocol):
@@ -101,7 +104,7 @@ class Watch:
         print(f"watching libvirt at {libvirt.uri}", flush=True)
         while not self.is_over:
             for event in libvirt.events(_RETRY_S):
-                if event.what in _ENDED:
+                if event.what is Happened.STOPPED:
                     self._forget(event.uuid)
                 elif event.what in _LOOK:
                     self._look_again(libvirt, event.uuid)
