@@ -28,7 +28,7 @@ from vnet_lock.journal import (
     VfAdmin,
     share_key,
 )
-from vnet_lock.kernel import before, pci, processes, rtnetlink, sysfs
+from vnet_lock.kernel import before, eswitch, pci, processes, rtnetlink, sysfs
 from vnet_lock.model import Claim, PciAddress, Process
 from vnet_lock.settings import Settings
 
@@ -166,9 +166,9 @@ def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:
         changed |= {"vlan": saved.vlan, "qos": saved.qos}
     if {"min_tx_rate_mbps", "max_tx_rate_mbps"} & changed.keys():
         changed |= {"min_tx_rate_mbps": saved.min_tx_rate_mbps, "max_tx_rate_mbps": saved.max_tx_rate_mbps}
-    from vnet_lock.kernel import netlink
+    from vnet_lock.kernel.vfs import set_vf
 
-    netlink.set_vf(netdev, saved.index, **changed)
+    set_vf(netdev, saved.index, **changed)
 
 
 def _restore_eswitch_mode(settings: Settings, saved: EswitchMode) -> None:
@@ -176,11 +176,9 @@ def _restore_eswitch_mode(settings: Settings, saved: EswitchMode) -> None:
     if netdev is None:
         raise Vanished(f"PF {saved.pf} has no network device here")
     # What is neither was set by somebody else since, and isn't ours to change.
-    if saved.mode == saved.before or rtnetlink.read_eswitch_mode(netdev) != saved.mode:
+    if saved.mode == saved.before or eswitch.read_mode(netdev) != saved.mode:
         return
-    from vnet_lock.kernel import netlink
-
-    netlink.set_eswitch_mode(netdev, saved.before)
+    eswitch.set_mode(netdev, saved.before)
 
 
 def _restore_driver(settings: Settings, saved: Driver) -> None:

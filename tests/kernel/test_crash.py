@@ -189,6 +189,8 @@ CHANGING = (
     "/ports/",
     "/backends/",
     "kernel/netlink.py",
+    "kernel/netlink_errors.py",
+    "kernel/vfs.py",
     "kernel/nodes.py",
     "kernel/bridges.py",
     "kernel/nftables.py",

@@ -11,10 +11,10 @@ import pytest
 
 from tests.kernel.conftest import need
 from vnet_lock.errors import BadInput, Unsupported, Vanished
-from vnet_lock.kernel import netlink, rtnetlink
+from vnet_lock.kernel import eswitch
 
 RTM_SETLINK = 19
-OURS = "from vnet_lock.kernel import netlink; netlink.set_eswitch_mode({!r}, {!r})"
+OURS = "from vnet_lock.kernel import eswitch; eswitch.set_mode({!r}, {!r})"
 
 
 def changes_sent(*argv: str) -> list[bytes]:
@@ -52,10 +52,10 @@ def test_the_request_is_what_iproute2_sends(veth: tuple[str, str], mode: str):
 
 def test_a_device_without_an_embedded_switch_is_refused_as_what_it_is(veth: tuple[str, str]):
     with pytest.raises(Unsupported, match=f"embedded switch of {veth[0]} to vepa failed: its driver has no"):
-        netlink.set_eswitch_mode(veth[0], "vepa")
-    assert rtnetlink.read_eswitch_mode(veth[0]) is None
+        eswitch.set_mode(veth[0], "vepa")
+    assert eswitch.read_mode(veth[0]) is None
     with pytest.raises(Vanished, match="nix0"):
-        netlink.set_eswitch_mode("nix0", "veb")
-    assert rtnetlink.read_eswitch_mode("nix0") is None
+        eswitch.set_mode("nix0", "veb")
+    assert eswitch.read_mode("nix0") is None
     with pytest.raises(BadInput, match="veb, vepa"):
-        netlink.set_eswitch_mode(veth[0], "bridge")
+        eswitch.set_mode(veth[0], "bridge")

@@ -10,6 +10,7 @@ from tests.kernel.host import eventually
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 from vnet_lock.kernel import netlink
 from vnet_lock.kernel.netns import call_in, make_namespace
+from vnet_lock.kernel.vfs import set_vf
 from vnet_lock.settings import DEFAULT
 
 Ip = Callable[[str], str]
@@ -185,7 +186,7 @@ def test_errors_of_a_link_name_it_and_the_cause(lower: str, ip: Ip):
     with pytest.raises(BadInput):
         netlink.rename_link(lower, "a%d")
     with pytest.raises(Unsupported, match=f"VF 0 of {lower} .* has no such setting"):
-        netlink.set_vf(lower, 0, mac=MAC)
+        set_vf(lower, 0, mac=MAC)
     assert names(ip) == {"lo", "v0", "v1"}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.kernel.conftest import need, own_namespaces
 from vnet_lock.errors import Vanished
-from vnet_lock.kernel import namespaces, netlink, nodes, rtnetlink
+from vnet_lock.kernel import eswitch, namespaces, netlink, nodes, rtnetlink
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Resource, UseKind, User
 from vnet_lock.settings import DEFAULT
@@ -78,7 +78,7 @@ def test_addresses_are_what_ip_says_but_for_link_local_ones(veth: tuple[str, str
 
 def test_a_device_without_vfs_or_embedded_switch_has_none(veth: tuple[str, str]):
     assert rtnetlink.read_vf_admin("v0") == {}
-    assert rtnetlink.read_eswitch_modes() == {}
+    assert eswitch.read_modes() == {}
     with pytest.raises(Vanished, match="nix0"):
         rtnetlink.read_vf_admin("nix0")
 

@@ -14,7 +14,8 @@ from tests.lab.contenders import HOST, appearance, owner_of, vnet_lock
 from tests.lab.machines import Guests, PlainGuest
 from tests.lab.nic import Nic, run, wait_until
 from vnet_lock.errors import Unsupported
-from vnet_lock.kernel import netlink, rtnetlink
+from vnet_lock.kernel import eswitch
+from vnet_lock.kernel.vfs import set_vf
 
 # A guest's boot on a machine that has other things to do, too.
 BUSY_S = 600
@@ -31,9 +32,9 @@ def test_a_vepa_that_the_nics_driver_cannot_do_is_refused_and_nothing_is_left(
 ) -> None:
     vf = lab.set_numvfs(1)[0]
     before = appearance(lab, 0)
-    assert rtnetlink.read_eswitch_mode(lab.pf) is None
+    assert eswitch.read_mode(lab.pf) is None
     with pytest.raises(Unsupported, match=f"embedded switch of {lab.pf} to vepa failed: its driver has no"):
-        netlink.set_eswitch_mode(lab.pf, "vepa")
+        eswitch.set_mode(lab.pf, "vepa")
     made = guests.qemu(
         "vepa",
         ["-netdev", f"host,id=net0,mode=vepa,port=sriov,dev={lab.pf},protocols={protocols}",
@@ -90,11 +91,11 @@ def test_a_private_guest_has_a_vlan_that_no_other_guest_on_the_pf_gets(
     assert alone.wait(120) == 4
     assert "would not be alone on PF" in alone.said
     # By hand, as a person or libvirt may have set it.
-    netlink.set_vf(lab.pf, 2, vlan=42)
+    set_vf(lab.pf, 2, vlan=42)
     hand = vnet_lock("claim", f"vf:{vfs[2].pci}", "--pid", str(os.getpid()))
     assert (hand.returncode, "would share VLAN 42" in hand.stderr) == (4, True), hand.stderr
     # The guest can be reached, by whoever is in its VLAN.
-    netlink.set_vf(lab.pf, 1, vlan=42)
+    set_vf(lab.pf, 1, vlan=42)
     assert elsewhere("10.7.0.2")
     private.kill(signal.SIGTERM)
     private.wait(120)

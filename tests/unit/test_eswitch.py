@@ -104,8 +104,6 @@ def _ifinfo() -> bytes:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    import pyroute2  # noqa: F401 - it makes classes of the real socket
-
     made = Kernel(0)
     monkeypatch.setattr(socket, "socket", made.open)
     return made

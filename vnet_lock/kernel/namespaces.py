@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import VnetLockError
+from vnet_lock.kernel.netlink_wire import open_route_socket
 from vnet_lock.kernel.netns import call_in
 from vnet_lock.kernel.processes import iterate_pids
-from vnet_lock.kernel.rtnetlink import LinkInfo, open_route_socket, read_links, read_nsid
+from vnet_lock.kernel.rtnetlink import LinkInfo, read_links, read_nsid
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:

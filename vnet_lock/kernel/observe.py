@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from vnet_lock.dataclass import dataclass, replace
 from vnet_lock.errors import Vanished
-from vnet_lock.kernel import rtnetlink, sysfs
+from vnet_lock.kernel import eswitch, rtnetlink, sysfs
 from vnet_lock.kernel.users import read_users
 from vnet_lock.model import Inventory, Nic, PciAddress, Pf, Resource, UseKind, User, is_ifname, parse_address
 from vnet_lock.settings import Settings
@@ -153,7 +153,7 @@ def _ask_netlink(pfs: Iterable[Pf], nics: Collection[Nic]) -> _Told:
     has_unknown = any(nic.kind in ("other", "vlan") and nic.lowers for nic in nics)
     return _Told(
         addresses=_confirm(rtnetlink.read_addresses(), nics) if has_up else {},
-        eswitches=_confirm(rtnetlink.read_eswitch_modes(), nics) if has_sriov else {},
+        eswitches=_confirm(eswitch.read_modes(), nics) if has_sriov else {},
         kinds=_confirm({link.ifindex: (link.kind, link.vlan) for link in rtnetlink.read_links()}, nics)
         if has_unknown
         else {},

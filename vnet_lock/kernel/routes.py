@@ -6,11 +6,11 @@ Devices are meant by their name in this network namespace. What is on a guest's 
 from __future__ import annotations
 
 import errno
-import socket  # 5 ms, and loaded by netlink.py anyway
 from contextlib import suppress
 
 from vnet_lock.errors import Vanished
 from vnet_lock.kernel import netlink
+from vnet_lock.kernel.netlink_wire import read_ifindex
 from vnet_lock.kernel.rtnetlink import read_proxies
 
 # include/uapi/linux/{rtnetlink,if_addr,neighbour}.h
@@ -44,11 +44,7 @@ def add_host_route(ifname: str, address: str) -> None:
 
 def has_proxy(ifname: str, address: str) -> bool:
     """Whether the host answers for an address on a device; Vanished where there is no such device."""
-    try:
-        index = socket.if_nametoindex(ifname)
-    except OSError as error:
-        raise Vanished(f"there is no network device {ifname} here (any more); see: ip link") from error
-    return (index, address) in read_proxies()
+    return (read_ifindex(ifname), address) in read_proxies()
 
 
 def add_proxy(ifname: str, address: str) -> None:

@@ -14,15 +14,13 @@ def hold_mode(job: Job, pf: Pf) -> None:
     Nothing where any mode will do. Planning has seen that no other guest needs another; the last one's undo
     puts back what was before the first. Unsupported where the driver refuses.
     """
-    from vnet_lock.kernel import rtnetlink
+    from vnet_lock.kernel import eswitch
 
     mode = Tenancy(job.intent.policy).eswitch_mode(pf.eswitch)
     if mode is None or pf.eswitch is None or pf.netdev is None:
         return
     with job.sharing() as share:
-        now = rtnetlink.read_eswitch_mode(pf.netdev) or pf.eswitch
+        now = eswitch.read_mode(pf.netdev) or pf.eswitch
         share(EswitchMode(pf.pci.text, now, mode))
         if now != mode:
-            from vnet_lock.kernel import netlink  # 250 ms
-
-            netlink.set_eswitch_mode(pf.netdev, mode)
+            eswitch.set_mode(pf.netdev, mode)

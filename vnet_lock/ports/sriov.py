@@ -72,15 +72,16 @@ def open_port(job: Job) -> Opened:
 def _open_vfio(job: Job, vf: Vf, pf_netdev: str) -> Opened:
     mac = job.intent.mac or random_mac()
     if not job.intent.hotplug:
-        from vnet_lock.kernel import netlink
+        from vnet_lock.kernel.vfs import set_vf
 
-        netlink.set_vf(pf_netdev, vf.index, mac=mac, vlan=job.intent.vlan)
+        set_vf(pf_netdev, vf.index, mac=mac, vlan=job.intent.vlan)
         bind_to_vfio(job)
     return Opened(mac=mac, pci=vf.pci)
 
 
 def _open_netdev(job: Job, vf: Vf, pf_netdev: str) -> Opened:
     from vnet_lock.kernel import netlink
+    from vnet_lock.kernel.vfs import set_vf
 
     nic = job.inventory.nic_named(vf.netdev) if vf.netdev else None
     if nic is None:
@@ -88,7 +89,7 @@ def _open_netdev(job: Job, vf: Vf, pf_netdev: str) -> Opened:
             f"{name_of(vf.resource)} has lost its network device; see: vnet-lock show {vf.resource}"
         )
     if job.intent.vlan is not None:
-        netlink.set_vf(pf_netdev, vf.index, vlan=job.intent.vlan)
+        set_vf(pf_netdev, vf.index, vlan=job.intent.vlan)
     mac = job.intent.mac or nic.mac
     if job.left is not None:
         return _open_awaited(job, vf, nic, pf_netdev, mac)
@@ -106,15 +107,16 @@ def _open_awaited(job: Job, vf: Vf, nic: Nic, pf_netdev: str, mac: str) -> Opene
     with that: so it is trusted for a moment.
     """
     from vnet_lock.kernel import netlink, rtnetlink
+    from vnet_lock.kernel.vfs import set_vf
 
     def take_mac() -> None:
         try:
             netlink.set_link(nic.netdev, mac=mac)
         except VnetLockError:
             trust = rtnetlink.read_vf_admin(pf_netdev)[vf.index].trust
-            netlink.set_vf(pf_netdev, vf.index, trust=True)
+            set_vf(pf_netdev, vf.index, trust=True)
             netlink.set_link(nic.netdev, mac=mac)
-            netlink.set_vf(pf_netdev, vf.index, trust=trust)
+            set_vf(pf_netdev, vf.index, trust=trust)
         netlink.set_link(nic.netdev, addrgenmode="none", up=True)
 
     job.once_it_runs(take_mac)
@@ -131,11 +133,12 @@ def _set_mac(job: Job, vf: Vf, netdev: str, pf_netdev: str, mac: str) -> str:
     """
     from vnet_lock.kernel import netlink, pci
     from vnet_lock.kernel.before import wait_for_netdev
+    from vnet_lock.kernel.vfs import set_vf
 
     try:
         netlink.set_link(netdev, mac=mac)
     except VnetLockError:
-        netlink.set_vf(pf_netdev, vf.index, mac=mac)
+        set_vf(pf_netdev, vf.index, mac=mac)
         pci.bind_driver(job.settings, vf.pci, None)
         pci.bind_driver(job.settings, vf.pci, vf.driver)
         netdev = wait_for_netdev(job.settings, vf.pci, vf.netdev)
