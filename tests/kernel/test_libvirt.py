@@ -31,7 +31,7 @@ from vnet_lock.model import Mode, PciAddress, Process, Resource
 from vnet_lock.settings import DEFAULT
 
 if TYPE_CHECKING:
-    from vnet_lock.front.libvirt_client import Domain
+    from vnet_lock.front.libvirt_client.domain import Domain
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -275,7 +275,8 @@ def test_a_guest_that_libvirt_is_busy_with_is_told_from_one_that_it_refuses() ->
     virsh("start", "--paused", "g")
     qemu = int(Path("/run/libvirt/qemu/g.pid").read_text())
     code = (
-        "from vnet_lock.front.libvirt_client import Busy, Libvirt\n"
+        "from vnet_lock.front.libvirt_client.connection import Libvirt\n"
+        "from vnet_lock.front.libvirt_client.errors import Busy\n"
         "try: Libvirt('qemu:///system').find('g').attach('<interface type=\"user\"/>')\n"
         "except Busy as error: print(error)"
     )

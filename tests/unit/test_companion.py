@@ -21,9 +21,12 @@ from vnet_lock.combination import Policy
 from vnet_lock.domain_document import NAMESPACE, parse
 from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import VnetLockError
-from vnet_lock.front import companion, libvirt_client
+from vnet_lock.front import companion
 from vnet_lock.front.companion import hostdev_xml
 from vnet_lock.front.hook import Call, answer
+from vnet_lock.front.libvirt_client import connection
+from vnet_lock.front.libvirt_client.domain import DomainState
+from vnet_lock.front.libvirt_client.errors import Busy
 from vnet_lock.journal import Companion
 from vnet_lock.kernel import background
 from vnet_lock.kernel.observe import read_inventory
@@ -186,7 +189,7 @@ def test_a_guest_that_libvirt_is_busy_with_gets_its_vf_once_it_has_time(
     tried.touch()
 
     class Domain:
-        state = libvirt_client.State.RUNNING
+        state = DomainState.RUNNING
 
         def read_xml(self) -> str:
             return "<domain/>"
@@ -195,7 +198,7 @@ def test_a_guest_that_libvirt_is_busy_with_gets_its_vf_once_it_has_time(
             with tried.open("a") as file:
                 file.write(f"{xml}\n")
             if len(tried.read_text().splitlines()) < 3:
-                raise libvirt_client.Busy("cannot acquire state change lock")
+                raise Busy("cannot acquire state change lock")
 
     class Libvirt:
         def __init__(self, _: str) -> None:
@@ -213,7 +216,7 @@ def test_a_guest_that_libvirt_is_busy_with_gets_its_vf_once_it_has_time(
         def find(self, _: str) -> Domain:
             return Domain()
 
-    monkeypatch.setattr(libvirt_client, "Libvirt", Libvirt)
+    monkeypatch.setattr(connection, "Libvirt", Libvirt)
     monkeypatch.setattr(companion, "_RETRY_S", 0.02)
     assert call(settings, "prepare") == (0, Told())
     until(lambda: not companions(settings))

@@ -19,7 +19,8 @@ from vnet_lock.front import domains
 from vnet_lock.front.cli import main, parser
 from vnet_lock.front.command import serve
 from vnet_lock.front.hooks_install import install
-from vnet_lock.front.libvirt_client import Disconnected, Libvirt
+from vnet_lock.front.libvirt_client.connection import Libvirt
+from vnet_lock.front.libvirt_client.errors import Disconnected
 from vnet_lock.front.libvirt_guest import read_owner
 from vnet_lock.front.resolver import resolve_alone
 from vnet_lock.model import Claim, Mode, PciAddress, Process, Resource, State
@@ -308,7 +309,7 @@ def test_a_daemon_that_is_not_this_hosts_own_is_refused(run, monkeypatch, uri):
 
         def close(self) -> None: ...
 
-    monkeypatch.setattr("vnet_lock.front.libvirt_client.Libvirt", NoConnection)
+    monkeypatch.setattr("vnet_lock.front.libvirt_client.connection.Libvirt", NoConnection)
     code, _, err = run("start", "-c", uri, "web1")
     assert code == 5
     assert uri in err

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
-from vnet_lock.front.libvirt_client import RUNNING, Disconnected, Happened, Libvirt, State
+from vnet_lock.front.libvirt_client.connection import Libvirt
+from vnet_lock.front.libvirt_client.domain import RUNNING, DomainState
+from vnet_lock.front.libvirt_client.errors import Disconnected
+from vnet_lock.front.libvirt_client.events import Happened
 
 GUEST = (
     "<domain type='test'><name>web1</name><memory unit='MiB'>64</memory><os><type>hvm</type></os></domain>"
@@ -53,7 +56,7 @@ def test_ending_a_guest_that_has_no_qemu_is_no_error(libvirt):
     guest = libvirt.define(GUEST)
     guest.destroy()
     guest.shutdown()
-    assert guest.state is State.SHUT_OFF
+    assert guest.state is DomainState.SHUT_OFF
 
 
 def test_what_happens_is_told_in_order(libvirt):
@@ -75,13 +78,13 @@ def test_waiting_for_a_guest_ends_with_its_end(libvirt):
     guest.suspend()
     libvirt.listen()
     guest.destroy()
-    assert guest.wait_until_running(60) is State.SHUT_OFF
+    assert guest.wait_until_running(60) is DomainState.SHUT_OFF
 
 
 def test_waiting_ends_with_its_time(libvirt):
     guest = libvirt.create(GUEST)
     guest.suspend()
-    assert guest.wait_until_running(0.1) is State.PAUSED
+    assert guest.wait_until_running(0.1) is DomainState.PAUSED
 
 
 def test_a_daemon_that_is_not_there_is_told(tmp_path):

@@ -12,7 +12,7 @@ from tests.unit.test_network_hook import host, plug_of, told_of
 from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput
-from vnet_lock.front.libvirt_client import Event, Happened
+from vnet_lock.front.libvirt_client.events import Event, Happened
 from vnet_lock.front.libvirt_guest import address_words, read_owner
 from vnet_lock.front.network_hook import perform
 from vnet_lock.front.pool_ports import PoolPorts

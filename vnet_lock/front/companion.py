@@ -26,7 +26,8 @@ from vnet_lock.model import Owner, PciAddress, Process, State
 from vnet_lock.request import Intent
 
 if TYPE_CHECKING:
-    from vnet_lock.front.libvirt_client import Domain, Libvirt
+    from vnet_lock.front.libvirt_client.connection import Libvirt
+    from vnet_lock.front.libvirt_client.domain import Domain
     from vnet_lock.session import Grant
     from vnet_lock.settings import Settings
 
@@ -130,7 +131,8 @@ class _Companion:
 
     def _serve(self) -> bool:
         """Whether it was done; False where it needn't be."""
-        from vnet_lock.front.libvirt_client import DEFAULT_URI, Busy, Disconnected, Libvirt  # 50 ms
+        from vnet_lock.front.libvirt_client.connection import DEFAULT_URI, Libvirt  # 50 ms
+        from vnet_lock.front.libvirt_client.errors import Busy, Disconnected
 
         while True:
             try:
@@ -147,7 +149,7 @@ class _Companion:
 
     def _wait_until_it_runs(self, libvirt: Libvirt) -> Domain | None:
         """The guest, once its vCPUs run; None where nobody waits for it any more."""
-        from vnet_lock.front.libvirt_client import RUNNING
+        from vnet_lock.front.libvirt_client.domain import RUNNING
 
         libvirt.listen()
         uuid = self._owner.uuid or ""

@@ -35,7 +35,8 @@ from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
-    from vnet_lock.front.libvirt_client import Domain, Libvirt
+    from vnet_lock.front.libvirt_client.connection import Libvirt
+    from vnet_lock.front.libvirt_client.domain import Domain
 
     Connect = Callable[[str | None], Libvirt]
 
@@ -242,7 +243,7 @@ def _given_back(session: Session, grants: tuple[Grant, ...]) -> Iterator[None]:
     Not where its daemon was lost: it may have done what was asked. The claims live by this process then, and
     by the guest if there is one.
     """
-    from vnet_lock.front.libvirt_client import Disconnected
+    from vnet_lock.front.libvirt_client.errors import Disconnected
 
     try:
         yield
@@ -289,7 +290,7 @@ def _require_startable(domain: Domain) -> None:
 
 def _connect(uri: str | None) -> Libvirt:
     """Connect to a system daemon of this host: of others' devices, and of a user's, nothing is known here."""
-    from vnet_lock.front.libvirt_client import Libvirt
+    from vnet_lock.front.libvirt_client.connection import Libvirt
 
     libvirt = Libvirt(uri)
     parts = urlsplit(libvirt.uri)
@@ -347,7 +348,7 @@ def _wait_until_gone(libvirt: Libvirt, domain: Domain, alias: str, timeout_s: fl
 
     Or until the guest ends, and so has nothing any more.
     """
-    from vnet_lock.front.libvirt_client import Happened
+    from vnet_lock.front.libvirt_client.events import Happened
 
     events = libvirt.events(timeout_s)
     while any(one.alias == alias for one in _still_plugged(domain)):

@@ -29,7 +29,8 @@ from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
-    from vnet_lock.front.libvirt_client import Domain, Libvirt
+    from vnet_lock.front.libvirt_client.connection import Libvirt
+    from vnet_lock.front.libvirt_client.domain import Domain
 
 _PLAIN = re.compile("[A-Za-z0-9_+-][A-Za-z0-9_.+-]{0,23}")
 # How long a signal may wait.
@@ -140,7 +141,7 @@ def _open(settings: Settings, root: str) -> Libvirt:
         raise VnetLockError(f"cannot write below {root}: {error.strerror}; run as root") from error
     # libvirt reads it when it is loaded; its warnings aren't about what the user typed.
     os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", f"3:file:{root}/libvirt.log")
-    from vnet_lock.front.libvirt_client import Libvirt
+    from vnet_lock.front.libvirt_client.connection import Libvirt
 
     return Libvirt(f"qemu:///embed?root={root}")
 
@@ -162,7 +163,7 @@ def _create(libvirt: Libvirt, xml: bytes) -> Domain:
 
 def _wait(libvirt: Libvirt, domain: Domain, ended: list[int], log: str) -> None:
     """Until the guest's end, or a signal to us."""
-    from vnet_lock.front.libvirt_client import Happened
+    from vnet_lock.front.libvirt_client.events import Happened
 
     try:
         while not ended:

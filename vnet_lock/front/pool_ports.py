@@ -16,7 +16,9 @@ from typing import Protocol
 
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front.command import print_error
-from vnet_lock.front.libvirt_client import Disconnected, Libvirt, Network
+from vnet_lock.front.libvirt_client.connection import Libvirt
+from vnet_lock.front.libvirt_client.errors import Disconnected
+from vnet_lock.front.libvirt_client.network import Network
 from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.model import PciAddress
 from vnet_lock.network_xml import RESERVING, read_pool, read_port

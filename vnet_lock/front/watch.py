@@ -20,7 +20,10 @@ from vnet_lock.domain_document import parse
 from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.command import print_error
-from vnet_lock.front.libvirt_client import DEFAULT_URI, Disconnected, Domain, Happened, Libvirt
+from vnet_lock.front.libvirt_client.connection import DEFAULT_URI, Libvirt
+from vnet_lock.front.libvirt_client.domain import Domain
+from vnet_lock.front.libvirt_client.errors import Disconnected
+from vnet_lock.front.libvirt_client.events import Happened
 from vnet_lock.front.libvirt_guest import find_tokens, read_owner
 from vnet_lock.front.pool_ports import PoolPorts
 from vnet_lock.model import Owner, PciAddress
