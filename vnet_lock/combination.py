@@ -37,11 +37,6 @@ class Port(StrEnum):
     SRIOV = "sriov"
     PHYSDEV = "physdev"
 
-    @property
-    def owns_device(self) -> bool:
-        """Whether a guest on this port has a PCI function (or a whole NIC) for itself."""
-        return self in (Port.SRIOV, Port.PHYSDEV)
-
 
 class Backend(StrEnum):
     """How a guest is connected to the port."""

@@ -84,10 +84,6 @@ def test_backends_are_preferred_in_the_order_of_2009_and_vfio_only_when_asked_fo
     assert set(Backend) - set(DEFAULT_BACKENDS) == {Backend.VFIO}
 
 
-def test_a_guest_has_a_device_for_itself_on_sriov_and_physdev_only() -> None:
-    assert {port for port in Port if port.owns_device} == {Port.SRIOV, Port.PHYSDEV}
-
-
 def test_every_combination_is_shown_with_guests_in_one_ring_or_the_other() -> None:
     from tests.policies import IN_LAB, IN_NAMESPACES
 

@@ -8,7 +8,7 @@ import pytest
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.libvirt_client.connection import Libvirt
-from vnet_lock.front.libvirt_client.domain import RUNNING, DomainState
+from vnet_lock.front.libvirt_client.domain import DomainState
 from vnet_lock.front.libvirt_client.errors import Disconnected
 from vnet_lock.front.libvirt_client.events import Happened
 
@@ -49,13 +49,12 @@ def test_a_failure_of_libvirts_names_the_guest_in_one_line(libvirt):
 
 def test_what_this_driver_does_not_have_is_unsupported(libvirt):
     with pytest.raises(Unsupported):
-        libvirt.find("test").update("<interface type='user'/>")
+        libvirt.find("test").attach("<interface type='user'/>")
 
 
 def test_ending_a_guest_that_has_no_qemu_is_no_error(libvirt):
     guest = libvirt.define(GUEST)
     guest.destroy()
-    guest.shutdown()
     assert guest.state is DomainState.SHUT_OFF
 
 
@@ -64,27 +63,9 @@ def test_what_happens_is_told_in_order(libvirt):
     guest = libvirt.define(GUEST)
     guest.start()
     guest.destroy()
-    guest.undefine()
+    guest.handle.undefine()
     happened = [event.what for event in libvirt.events(0.5) if event.uuid == guest.uuid]
     assert happened == [Happened.DEFINED, Happened.STARTED, Happened.STOPPED, Happened.UNDEFINED]
-
-
-def test_waiting_for_a_guest_that_runs_ends_at_once(libvirt):
-    assert libvirt.find("test").wait_until_running(60) in RUNNING
-
-
-def test_waiting_for_a_guest_ends_with_its_end(libvirt):
-    guest = libvirt.create(GUEST)
-    guest.suspend()
-    libvirt.listen()
-    guest.destroy()
-    assert guest.wait_until_running(60) is DomainState.SHUT_OFF
-
-
-def test_waiting_ends_with_its_time(libvirt):
-    guest = libvirt.create(GUEST)
-    guest.suspend()
-    assert guest.wait_until_running(0.1) is DomainState.PAUSED
 
 
 def test_a_daemon_that_is_not_there_is_told(tmp_path):

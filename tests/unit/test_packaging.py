@@ -75,7 +75,8 @@ def test_all_options_of_a_verb_are_known_to_man_page_and_completion(verb, tmp_pa
 
 
 def test_all_words_of_the_helper_are_known_to_its_help_man_page_and_completion(tmp_path, capsys):
-    words = (*helper_words.KEYS, *helper_words.TARGETS, *helper_words.SWITCHES)
+    targets = (target.value for target in helper_words.Target)
+    words = (*helper_words.KEYS, *targets, *helper_words.SWITCHES)
     known = {f"--{name}" for name in words} | {"--help", "--version"}
     assert helper.main(["--help"]) == 0
     assert set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--br"} == known

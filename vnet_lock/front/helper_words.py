@@ -13,8 +13,6 @@ from vnet_lock.request import Intent
 
 # What becomes a key of the same name of QEMU's -netdev host, where it is checked.
 KEYS = ("mode", "dev", "pool", "protocols", "port", "mac", "queues", "vlan", "ip", "dhcp")
-# Where the descriptors go.
-TARGETS = ("socketpair", "fd", "exec")
 SWITCHES = ("raw", "explain")
 HINT = "see: qemu-net-helper --help"
 # As many descriptors go beside one message (SCM_MAX_FD, include/net/scm.h).

@@ -125,11 +125,6 @@ def read_addresses() -> dict[int, tuple[str, ...]]:
     return found
 
 
-def read_addressed() -> frozenset[int]:
-    """Ifindexes with an address other than a link-local IPv6 one."""
-    return frozenset(read_addresses())
-
-
 def read_ipv4_networks() -> frozenset[tuple[str, int]]:
     """The IPv4 networks that this host is in or has a route to, in any table: (address, prefix length).
 

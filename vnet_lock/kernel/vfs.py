@@ -11,8 +11,6 @@ from typing import Any
 from vnet_lock.errors import BadInput
 from vnet_lock.kernel import netlink
 
-# IFLA_VF_LINK_STATE_*, include/uapi/linux/if_link.h
-LINK_STATES = {"auto": 0, "enable": 1, "disable": 2}
 _REFUSED = {
     errno.EINVAL: "there is no such VF, or the driver doesn't take that value; see: ip link show",
     errno.EOPNOTSUPP: "the driver of the PF has no such setting",
@@ -36,9 +34,10 @@ def set_vf(
 ) -> None:
     """Change of a VF, through its PF, what is not None.
 
-    VLAN 0 is none; ``qos`` goes with a VLAN. ``link_state`` is one of LINK_STATES' values. Rates are in
-    Mbit/s, 0 is no limit. Each setting is a request of its own, so the error says which one was refused;
-    trust comes first, because some drivers refuse a MAC while it is off.
+    VLAN 0 is none; ``qos`` goes with a VLAN. ``link_state`` is one of IFLA_VF_LINK_STATE_*
+    (include/uapi/linux/if_link.h). Rates are in Mbit/s, 0 is no limit. Each setting is a request of its own,
+    so the error says which one was refused; trust comes first, because some drivers refuse a MAC while it is
+    off.
     """
     if qos is not None and vlan is None:
         raise BadInput(f"VF {index} of {pf_netdev}: qos {qos} needs a VLAN beside it")

@@ -65,11 +65,11 @@ class Libvirt:
 
     def find(self, guest: str) -> Domain:
         """The guest with a name or UUID; BadInput where there is none."""
-        with self.about(f'guest "{guest}"'):
+        with self._about(f'guest "{guest}"'):
             if re.fullmatch("[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", guest):
                 with suppress(libvirt.libvirtError):
-                    return Domain(self, self._connection.lookupByUUIDString(guest))
-            return Domain(self, self._connection.lookupByName(guest))
+                    return Domain(self._about, self._connection.lookupByUUIDString(guest))
+            return Domain(self._about, self._connection.lookupByName(guest))
 
     def find_or_none(self, guest: str) -> Domain | None:
         """As ``find``; None where there is none."""
@@ -80,35 +80,33 @@ class Libvirt:
 
     def read_active(self) -> list[Domain]:
         """The guests that have a QEMU now."""
-        with self.about("guests"):
+        with self._about("guests"):
             found = self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE)
-            return [Domain(self, one) for one in found]
+            return [Domain(self._about, one) for one in found]
 
-    def define(self, xml: str, validate: bool = False) -> Domain:
+    def define(self, xml: str) -> Domain:
         """Define a persistent guest, or a new definition of one; BadInput where libvirt can't read it."""
-        flags = libvirt.VIR_DOMAIN_DEFINE_VALIDATE if validate else 0
-        with self.about(_name_in(xml, "define")):
-            return Domain(self, self._connection.defineXMLFlags(xml, flags))
+        with self._about(_name_in(xml, "define")):
+            return Domain(self._about, self._connection.defineXMLFlags(xml))
 
-    def create(self, xml: str, paused: bool = False, auto_destroy: bool = False) -> Domain:
-        """Start a transient guest; ``auto_destroy`` ends it with this connection."""
+    def create(self, xml: str, paused: bool = False) -> Domain:
+        """Start a transient guest."""
         flags = libvirt.VIR_DOMAIN_START_PAUSED if paused else 0
-        flags |= libvirt.VIR_DOMAIN_START_AUTODESTROY if auto_destroy else 0
-        with self.about(_name_in(xml, "start")):
-            return Domain(self, self._connection.createXML(xml, flags))
+        with self._about(_name_in(xml, "start")):
+            return Domain(self._about, self._connection.createXML(xml, flags))
 
     def read_networks(self) -> list[Network]:
         """The networks that are active."""
-        with self.about("networks"):
+        with self._about("networks"):
             found = self._connection.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)
-            return [Network(self, one) for one in found]
+            return [Network(self._about, one) for one in found]
 
     def listen(self, domain: Domain | None = None) -> None:
         """From now on ``events`` tells what happens, to one guest or to all.
 
         Ask for a state after this, not before, and no change of it is missed.
         """
-        with self.about("events"):
+        with self._about("events"):
             self._inbox.listen(self._connection, domain.handle if domain else None)
 
     def events(self, timeout_s: float) -> Iterator[Event]:
@@ -127,8 +125,7 @@ class Libvirt:
             run_loop_once(min(left_s, 1.0))
 
     @contextmanager
-    def about(self, what: str) -> Iterator[None]:
-        """Libvirt's errors as ours, with what they are about before them; Disconnected where we hung up."""
+    def _about(self, what: str) -> Iterator[None]:
         if self._connection is None:
             raise Disconnected(f"libvirt at {self.uri} was hung up on")
         with translated(what, lambda: self.is_alive):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from enum import StrEnum
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import libvirt
 
 from vnet_lock.errors import BadInput, VnetLockError
-from vnet_lock.front.libvirt_client.events import ENDS, Event
+from vnet_lock.front.libvirt_client.errors import About
 
 
 class DomainState(StrEnum):
@@ -31,27 +31,15 @@ _STATES = tuple(DomainState)  # in the order of virDomainState
 RUNNING = (DomainState.RUNNING, DomainState.IDLE)
 
 
-class Connection(Protocol):
-    """What a guest needs of the connection that it was found by."""
-
-    def about(self, what: str) -> AbstractContextManager[None]:
-        """Libvirt's errors as ours, with what they are about before them."""
-
-    def listen(self, domain: Domain | None = None) -> None:
-        """From now on ``events`` tells what happens."""
-
-    def events(self, timeout_s: float) -> Iterator[Event]:
-        """What happened."""
-
-
 class Domain:
     """A guest of libvirt's; all of its methods raise VnetLockError where libvirt refuses."""
 
-    def __init__(self, connection: Connection, domain: Any) -> None:
-        self._connection = connection
-        self.handle = domain
-        self.name: str = domain.name()
-        self.uuid: str = domain.UUIDString()
+    def __init__(self, about: About, handle: Any) -> None:
+        """``handle`` is libvirt-python's own guest, ``about`` says whatever fails."""
+        self.handle = handle
+        self.name: str = handle.name()
+        self.uuid: str = handle.UUIDString()
+        self._about = partial(about, f'guest "{self.name}"')
 
     @property
     def state(self) -> DomainState:
@@ -65,12 +53,6 @@ class Domain:
         """Whether it has a QEMU."""
         with self._about():
             return bool(self.handle.isActive())
-
-    @property
-    def is_persistent(self) -> bool:
-        """Whether it has a definition that stays."""
-        with self._about():
-            return bool(self.handle.isPersistent())
 
     @property
     def has_saved_state(self) -> bool:
@@ -92,90 +74,23 @@ class Domain:
 
     def destroy(self) -> None:
         """End its QEMU; it is no error where it has none."""
-        self._end(self.handle.destroy)
-
-    def shutdown(self) -> None:
-        """Ask it to power off; it is no error where it has no QEMU."""
-        self._end(self.handle.shutdown)
-
-    def suspend(self) -> None:
-        """Let its vCPUs stand still."""
-        with self._about():
-            self.handle.suspend()
-
-    def resume(self) -> None:
-        """Let its vCPUs run."""
-        with self._about():
-            self.handle.resume()
-
-    def undefine(self) -> None:
-        """Remove its definition."""
-        with self._about():
-            self.handle.undefine()
-
-    def attach(self, xml: str, live: bool = True, config: bool = False) -> None:
-        """Plug a device in, into what runs, what is defined, or both."""
-        with self._about():
-            self.handle.attachDeviceFlags(xml, _affect(live, config))
-
-    def detach(self, xml: str, live: bool = True, config: bool = False) -> None:
-        """Unplug a device; Vanished where there is none like that.
-
-        Of a running guest this only asks: DEVICE_REMOVED tells when it is gone.
-        """
-        with self._about():
-            self.handle.detachDeviceFlags(xml, _affect(live, config))
-
-    def detach_alias(self, alias: str, live: bool = True, config: bool = False) -> None:
-        """As ``detach``, of the device with an alias."""
-        with self._about():
-            self.handle.detachDeviceAlias(alias, _affect(live, config))
-
-    def update(self, xml: str, live: bool = True, config: bool = False) -> None:
-        """Change a device."""
-        with self._about():
-            self.handle.updateDeviceFlags(xml, _affect(live, config))
-
-    def wait_for(self, is_it: Callable[[DomainState], bool], timeout_s: float) -> DomainState:
-        """Its state, as soon as it is one of those, or it has ended, or the time is over.
-
-        Takes in all events of the connection. A guest that is shut off may be about to start: it has ended
-        when an event says so, or libvirt doesn't know it any more (SHUT_OFF is returned then, too).
-        Disconnected where the daemon goes meanwhile.
-        """
-        self._connection.listen(self)
-        events = self._connection.events(timeout_s)
-        while True:
-            try:
-                state = self.state
-            except BadInput:
-                return DomainState.SHUT_OFF
-            if is_it(state):
-                return state
-            event = next(events, None)
-            if event is None or (event.uuid == self.uuid and event.what in ENDS):
-                return state if event is None else DomainState.SHUT_OFF
-
-    def wait_until_running(self, timeout_s: float) -> DomainState:
-        """As ``wait_for``: until its vCPUs run on this host."""
-        return self.wait_for(lambda state: state in RUNNING, timeout_s)
-
-    def _end(self, end: Callable[[], object]) -> None:
         try:
             with self._about():
-                end()
+                self.handle.destroy()
         except VnetLockError:
             with suppress(BadInput):  # it was transient, and is gone
                 if self.is_active:
                     raise
 
-    @contextmanager
-    def _about(self) -> Iterator[None]:
-        with self._connection.about(f'guest "{self.name}"'):
-            yield
+    def attach(self, xml: str) -> None:
+        """Plug a device into what runs."""
+        with self._about():
+            self.handle.attachDeviceFlags(xml, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
+    def detach_alias(self, alias: str) -> None:
+        """Unplug the device with an alias; Vanished where there is none.
 
-def _affect(live: bool, config: bool) -> int:
-    return (libvirt.VIR_DOMAIN_AFFECT_LIVE if live else 0) | (
-        libvirt.VIR_DOMAIN_AFFECT_CONFIG if config else 0
-    )
+        This only asks: DEVICE_REMOVED tells when it is gone.
+        """
+        with self._about():
+            self.handle.detachDeviceAlias(alias, libvirt.VIR_DOMAIN_AFFECT_LIVE)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import libvirt
 
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
+
+# What turns libvirt's errors into ours within it, with what they are about before them.
+About = Callable[[str], AbstractContextManager[None]]
 
 _BAD_INPUT = (
     libvirt.VIR_ERR_NO_DOMAIN,

@@ -34,7 +34,6 @@ class Happened(StrEnum):
 
 
 _LIFECYCLE = tuple(Happened)[:9]  # in the order of virDomainEventType
-ENDS = (Happened.STOPPED, Happened.CRASHED, Happened.UNDEFINED)
 
 
 @dataclass(frozen=True, slots=True)

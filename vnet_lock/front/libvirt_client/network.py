@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import libvirt
 
-
-class Connection(Protocol):
-    """What a network needs of the connection that it was found by."""
-
-    def about(self, what: str) -> AbstractContextManager[None]:
-        """Libvirt's errors as ours, with what they are about before them."""
+from vnet_lock.front.libvirt_client.errors import About
 
 
 class Network:
     """A network of libvirt's, with the ports by which guests are connected to it."""
 
-    def __init__(self, connection: Connection, network: Any) -> None:
-        self._connection = connection
+    def __init__(self, about: About, network: Any) -> None:
+        """``network`` is libvirt-python's own, ``about`` says whatever fails."""
         self._network = network
         self.name: str = network.name()
+        self._about = partial(about, f'network "{self.name}"')
 
     def read_xml(self) -> str:
         """Its XML as it is now, with the devices that it found for itself."""
@@ -47,8 +42,3 @@ class Network:
             except libvirt.libvirtError as error:
                 if error.get_error_code() != libvirt.VIR_ERR_NO_NETWORK_PORT:
                     raise
-
-    @contextmanager
-    def _about(self) -> Iterator[None]:
-        with self._connection.about(f'network "{self.name}"'):
-            yield
