@@ -41,7 +41,7 @@ class Tag:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class InterfaceForm:
     """How an interface is to stand in a guest's XML.
 
     ``kind`` is libvirt's type of it, or ``pci`` for a <hostdev>, which is no <interface> at all; ``tags`` are
@@ -55,38 +55,38 @@ class Form:
     mac: str | None = None
 
 
-def made(ifname: str, queues: int = 1) -> Form:
+def made(ifname: str, queues: int = 1) -> InterfaceForm:
     """The late form: libvirt takes a tap or macvtap of this name, which is made for each start."""
     target = Tag("target", {"dev": ifname, "managed": "no"}, loose=True)
-    return Form("ethernet", (target, *_queues(queues)), ifname)
+    return InterfaceForm("ethernet", (target, *_queues(queues)), ifname)
 
 
-def direct(dev: str, mode: str, vlan: int | None = None, queues: int = 1) -> Form:
+def direct(dev: str, mode: str, vlan: int | None = None, queues: int = 1) -> InterfaceForm:
     """Libvirt's own macvtap; a VLAN only with a VF in mode ``passthrough``, through whose PF it is set."""
     source = Tag("source", {"dev": dev, "mode": mode})
-    return Form("direct", (source, *_vlan(vlan), *_queues(queues)), dev)
+    return InterfaceForm("direct", (source, *_vlan(vlan), *_queues(queues)), dev)
 
 
-def bridge(name: str, queues: int = 1) -> Form:
+def bridge(name: str, queues: int = 1) -> InterfaceForm:
     """A port of a bridge."""
-    return Form("bridge", (Tag("source", {"bridge": name}), *_queues(queues)), name)
+    return InterfaceForm("bridge", (Tag("source", {"bridge": name}), *_queues(queues)), name)
 
 
-def user(passt: bool) -> Form:
+def user(passt: bool) -> InterfaceForm:
     """QEMU's user network, or passt's."""
-    return Form("user", (Tag("backend", {"type": "passt"}),) if passt else ())
+    return InterfaceForm("user", (Tag("backend", {"type": "passt"}),) if passt else ())
 
 
-def vf(pci: PciAddress, vlan: int | None = None, teaming: str = "", mac: str | None = None) -> Form:
+def vf(pci: PciAddress, vlan: int | None = None, teaming: str = "", mac: str | None = None) -> InterfaceForm:
     """A VF by VFIO; ``teaming`` is the alias of the interface that stands by for it."""
     team = Tag("teaming", {"type": "transient", "persistent": teaming})
     tags = (_source(pci, type="pci"), *_vlan(vlan), *((team,) if teaming else ()))
-    return Form("hostdev", tags, pci.text, mac)
+    return InterfaceForm("hostdev", tags, pci.text, mac)
 
 
-def function(pci: PciAddress) -> Form:
+def function(pci: PciAddress) -> InterfaceForm:
     """A whole PCI function by VFIO: libvirt takes VFs only as interfaces."""
-    return Form("pci", (_source(pci),), pci.text)
+    return InterfaceForm("pci", (_source(pci),), pci.text)
 
 
 def _source(pci: PciAddress, **more: str) -> Tag:
@@ -110,7 +110,7 @@ def _queues(queues: int) -> tuple[Tag, ...]:
 # --- rewriting ------------------------------------------------------------------------------------
 
 
-def rewrite(xml: bytes, forms: Mapping[str, Form | None]) -> bytes:
+def rewrite(xml: bytes, forms: Mapping[str, InterfaceForm | None]) -> bytes:
     """The guest's XML with the interfaces of these user aliases in these forms.
 
     What isn't there is added, and what is to have no form is taken away.
@@ -155,12 +155,12 @@ def with_mac(xml: bytes, mac: str) -> bytes:
     return edits.apply()
 
 
-def write_interface(alias: str, form: Form) -> str:
+def write_interface(alias: str, form: InterfaceForm) -> str:
     """An interface alone, as libvirt plugs it in."""
     return _write(_new_interface(alias, form), "\n")
 
 
-def _new_interface(alias: str, form: Form) -> Tag:
+def _new_interface(alias: str, form: InterfaceForm) -> Tag:
     tag, attributes = _name_of(form)
     tags = [*form.tags, Tag("alias", {"name": alias})]
     if form.kind != "pci":
@@ -170,7 +170,7 @@ def _new_interface(alias: str, form: Form) -> Tag:
     return Tag(tag, {name: value for name, value in attributes.items() if value}, tuple(tags))
 
 
-def _name_of(form: Form) -> tuple[str, dict[str, str | None]]:
+def _name_of(form: InterfaceForm) -> tuple[str, dict[str, str | None]]:
     """The element, and its attributes: None for those that it mustn't have."""
     if form.kind == "pci":
         return "hostdev", {"mode": "subsystem", "type": "pci", "managed": "yes"}
@@ -271,7 +271,7 @@ class _Edits:
             done = end
         return b"".join((*parts, self._xml[done:]))
 
-    def reform(self, node: _Node, form: Form) -> None:
+    def reform(self, node: _Node, form: InterfaceForm) -> None:
         """Give an interface another form."""
         name, attributes = _name_of(form)
         if node.tag != name:

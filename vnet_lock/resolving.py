@@ -8,7 +8,7 @@ from collections.abc import Callable
 from vnet_lock.combination import Backend, Combination, Policy, Port
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_document import RESERVED_NAMES
-from vnet_lock.domain_rewrite import Form, bridge, direct, function, made, user, vf
+from vnet_lock.domain_rewrite import InterfaceForm, bridge, direct, function, made, user, vf
 from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
 from vnet_lock.errors import BadInput, Unsupported
 from vnet_lock.model import Inventory, Nic, Vf, is_ifname
@@ -34,7 +34,9 @@ def full_intent(wish: Wish) -> Intent:
     return replace(intent, backends=intent.backends or LATE_BACKENDS)
 
 
-def full_form(assignment: Assignment, inventory: Inventory, is_ours: Callable[[str], bool]) -> Form | str:
+def full_form(
+    assignment: Assignment, inventory: Inventory, is_ours: Callable[[str], bool]
+) -> InterfaceForm | str:
     """How libvirt opens what was planned; where only we can make it, the reason why.
 
     ``is_ours`` tells whether a bridge goes with its last guest of ours.
@@ -75,14 +77,14 @@ def late_backends(intent: Intent) -> tuple[Backend, ...]:
     return found
 
 
-def late_form(wish: Wish, guest: str) -> Form | None:
+def late_form(wish: Wish, guest: str) -> InterfaceForm | None:
     """How the interface stands there until the hook makes its device; None for a VF, which doesn't."""
     if Backend.VFIO in wish.intent.backends:
         return None
     return made(wish.intent.ifname or name_link(guest, wish.intent.interface), wish.intent.queues)
 
 
-def made_late(intent: Intent, guest: str) -> tuple[Intent, Form]:
+def made_late(intent: Intent, guest: str) -> tuple[Intent, InterfaceForm]:
     """What is to be claimed and made where no hook reads the guest's metadata, and how libvirt takes it.
 
     The device and the guest's NIC have one MAC, the intent's: libvirt would make up another.
@@ -102,7 +104,7 @@ def name_link(guest: str, alias: str) -> str:
 
 def _on_vf(
     combination: Combination, intent: Intent, assignment: Assignment, inventory: Inventory
-) -> Form | str:
+) -> InterfaceForm | str:
     found = inventory.vf_at(assignment.device.pci) if assignment.device.pci else None
     if found is None:
         return "its VF is gone"
@@ -115,7 +117,7 @@ def _on_vf(
     return _by_macvtap(found, intent)
 
 
-def _by_macvtap(found: Vf, intent: Intent) -> Form | str:
+def _by_macvtap(found: Vf, intent: Intent) -> InterfaceForm | str:
     if found.netdev is None:
         return f"VF {found.pci} has no network device here"
     return direct(found.netdev, "passthrough", intent.vlan, intent.queues)

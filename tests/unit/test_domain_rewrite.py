@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vnet_lock import domain_rewrite
-from vnet_lock.domain_rewrite import Form, rewrite
+from vnet_lock.domain_rewrite import InterfaceForm, rewrite
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput
 from vnet_lock.model import PciAddress
@@ -63,7 +63,7 @@ INTERFACE = """\
 OTHER = INTERFACE.replace("ua-net0", "ua-net1").replace("web-net0", "web-net1")
 
 
-def write(interfaces: str, **forms: Form | None) -> str:
+def write(interfaces: str, **forms: InterfaceForm | None) -> str:
     """Rewrite, and return what is between BEFORE and AFTER, which must have stayed."""
     xml = f"{BEFORE}{interfaces}{AFTER}"
     text = rewrite(xml.encode(), {alias.replace("_", "-"): form for alias, form in forms.items()}).decode()

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from vnet_lock.combination import Backend, Port
 from vnet_lock.dataclass import replace
-from vnet_lock.domain_rewrite import Form, made, rewrite
+from vnet_lock.domain_rewrite import InterfaceForm, made, rewrite
 from vnet_lock.domain_wishes import LATE_BACKENDS, Wish
 from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import Unsupported
@@ -73,9 +73,9 @@ def _like(wish: Wish) -> Intent:
             return intent
 
 
-def _form_here(settings: Settings, wish: Wish, assignment: Assignment) -> Form:
+def _form_here(settings: Settings, wish: Wish, assignment: Assignment) -> InterfaceForm:
     form = form_of(settings, assignment)
-    if not isinstance(form, Form) or form.kind != wish.kind:
+    if not isinstance(form, InterfaceForm) or form.kind != wish.kind:
         why = form if isinstance(form, str) else f"it would be of type {form.kind!r} here"
         raise Unsupported(
             f"interface {wish.intent.interface}: it is of type {wish.kind!r}, which this host can't give:"
@@ -84,7 +84,9 @@ def _form_here(settings: Settings, wish: Wish, assignment: Assignment) -> Form:
     return form
 
 
-def _renamed(settings: Settings, guest: str, requests: Iterable[Request]) -> Iterator[tuple[str, Form]]:
+def _renamed(
+    settings: Settings, guest: str, requests: Iterable[Request]
+) -> Iterator[tuple[str, InterfaceForm]]:
     """Those whose link's name another link has here."""
     for request in requests:
         if isinstance(request, Fixed) or not request.ifname or not _is_taken(settings, request.ifname):

@@ -20,7 +20,7 @@ from vnet_lock.combination import Backend
 from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
 from vnet_lock.domain_document import ALIAS, read_identity, read_text
-from vnet_lock.domain_rewrite import Form, with_mac, with_uuid, write_interface
+from vnet_lock.domain_rewrite import InterfaceForm, with_mac, with_uuid, write_interface
 from vnet_lock.domain_xml import read_guest
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 from vnet_lock.front.libvirt_guest import find_tokens, read_daemon, read_owner
@@ -205,7 +205,7 @@ def _claim_words(
 
     def take() -> tuple[str, str, tuple[Grant, ...]]:
         form = "" if args.form == "late" else choose_one(session, intent, owner)
-        if isinstance(form, Form):
+        if isinstance(form, InterfaceForm):
             xml = write_interface(alias, replace(form, mac=intent.mac))
             fixed = [replace(one, policy=intent.policy) for one in _read_device(xml)]
             return alias, xml, session.acquire(owner, fixed, beside=True)
@@ -371,7 +371,7 @@ def _about_interface(alias: str) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(forms: Mapping[str, Form | None]) -> Iterator[None]:
+def _naming(forms: Mapping[str, InterfaceForm | None]) -> Iterator[None]:
     """Errors that name a device say which interface has it."""
     try:
         yield
@@ -383,7 +383,7 @@ def _naming(forms: Mapping[str, Form | None]) -> Iterator[None]:
         raise
 
 
-def _summary(forms: Mapping[str, Form | None]) -> str:
+def _summary(forms: Mapping[str, InterfaceForm | None]) -> str:
     parts = [f"{alias} {form.kind} {form.device}".rstrip() for alias, form in forms.items() if form]
     return ": " + ", ".join(parts) if parts else ""
 

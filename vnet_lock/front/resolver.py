@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar
 
 from vnet_lock.combination import Backend
 from vnet_lock.dataclass import dataclass, replace
-from vnet_lock.domain_rewrite import Form, rewrite
+from vnet_lock.domain_rewrite import InterfaceForm, rewrite
 from vnet_lock.domain_wishes import Wish, late_intents
 from vnet_lock.domain_xml import read_guest, read_opened_for, read_wishes
 from vnet_lock.errors import Refused, Unsupported
@@ -45,7 +45,7 @@ class Resolved:
     """
 
     xml: bytes
-    forms: Mapping[str, Form | None]
+    forms: Mapping[str, InterfaceForm | None]
     late: Mapping[str, str]
 
 
@@ -83,7 +83,7 @@ def resolve_alone(planner: Planner, xml: bytes, owner: Owner) -> tuple[bytes, tu
             " <interface type='ethernet'> in its place, or have the system daemon start the guest"
         )
     chosen, _ = _choose(planner, guest.requests, wishes, owner)
-    forms: dict[str, Form | None] = {}  # in the user's order
+    forms: dict[str, InterfaceForm | None] = {}  # in the user's order
     intents: dict[str, Intent] = {}
     for alias, intent in ((wish.intent.interface, wish.intent) for wish in wishes):
         form = chosen.get(alias)
@@ -103,7 +103,7 @@ def planned_anew(take: Callable[[], T]) -> T:
     return take()
 
 
-def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
+def choose_one(planner: Planner, intent: Intent, owner: Owner) -> InterfaceForm | str:
     """The form of one more interface of a guest, or why libvirt can't open it itself."""
     intent = full_intent(Wish(intent, ""))
     (assignment,) = _plan(planner, (intent,), owner, beside=True)
@@ -112,10 +112,10 @@ def choose_one(planner: Planner, intent: Intent, owner: Owner) -> Form | str:
 
 def _choose(
     planner: Planner, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
-) -> tuple[dict[str, Form | None], dict[str, str]]:
+) -> tuple[dict[str, InterfaceForm | None], dict[str, str]]:
     served = late_intents(tuple(wish for wish in wishes if wish.is_vhost_user))
     requests = (*others, *served, *(full_intent(wish) for wish in wishes if not wish.is_vhost_user))
-    forms: dict[str, Form | None] = {}
+    forms: dict[str, InterfaceForm | None] = {}
     late: dict[str, str] = {}
     for assignment in _plan(planner, requests, owner, beside=False) if wishes else ():
         if not isinstance(assignment.request, Intent):
@@ -123,7 +123,7 @@ def _choose(
         alias = assignment.request.interface
         is_served = any(alias == intent.interface for intent in served)
         form = _SERVED if is_served else form_of(planner.settings, assignment)
-        if isinstance(form, Form):
+        if isinstance(form, InterfaceForm):
             forms[alias] = form
         else:
             late[alias] = form
@@ -139,7 +139,7 @@ def _plan(
     return found.assignments
 
 
-def form_of(settings: Settings, assignment: Assignment) -> Form | str:
+def form_of(settings: Settings, assignment: Assignment) -> InterfaceForm | str:
     """How libvirt opens what was planned for an intent, or why it can't."""
 
     def is_ours(bridge: str) -> bool:
