@@ -37,7 +37,7 @@ _FAIL_CLOSED = ("migrate", "restore", "prepare", "start", "port-created")
 _OPERATIONS = ("migrate", "restore", "prepare", "start", "reconnect", "stopped", "release")
 
 
-class Guards(Protocol):
+class HookSession(Protocol):
     """What the hook needs of a session."""
 
     def plan(self, requests: Iterable[Request]) -> Plan | Refusal:
@@ -115,7 +115,7 @@ def main(argv: Sequence[str], stdin: BinaryIO, leave: Leave = os._exit) -> int:
     return status
 
 
-def answer(call: Call, open_session: Callable[[Settings], Guards], report: Report) -> int:
+def answer(call: Call, open_session: Callable[[Settings], HookSession], report: Report) -> int:
     """Perform an operation, report what goes wrong, and return the exit status that libvirt is to see."""
 
     def body() -> None:
@@ -147,7 +147,7 @@ def answer_with(body: Callable[[], None], operation: str, of: str, report: Repor
     return 0
 
 
-def perform(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
+def perform(call: Call, open_session: Callable[[Settings], HookSession]) -> bytes:
     """Claim, check or give back; any VnetLockError where that can't be done.
 
     Returns the guest's XML as it is to be on this host, empty where it stays as it is.
@@ -208,7 +208,7 @@ def _take(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
     return b""
 
 
-def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
+def _prepare(session: HookSession, owner: Owner, requests: Sequence[Request], settings: Settings) -> None:
     """Claim and make what a guest needs, and have processes of ours do what a hook can't wait for."""
     from vnet_lock.request import Intent
 
@@ -221,7 +221,7 @@ def _prepare(session: Guards, owner: Owner, requests: Sequence[Request], setting
         companion.start_all(settings, owner, grants)
 
 
-def _give_back(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+def _give_back(call: Call, open_session: Callable[[Settings], HookSession]) -> None:
     from vnet_lock.domain_document import read_identity
     from vnet_lock.front.libvirt_guest import read_owner
 
@@ -237,7 +237,7 @@ def _give_back(call: Call, open_session: Callable[[Settings], Guards]) -> None:
         open_session(call.settings).hand_over(owner, replace(owner, process=None))
 
 
-def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> None:
+def _check_for_user(call: Call, open_session: Callable[[Settings], HookSession]) -> None:
     """Refuse a user's own guest what another has, and what takes root to make; it gets no claim.
 
     A device that root has given to the user by VFIO is his to use, and is seen to be used by who claims.
@@ -259,7 +259,7 @@ def _check_for_user(call: Call, open_session: Callable[[Settings], Guards]) -> N
         raise error_of(found)
 
 
-def _open_session(settings: Settings) -> Guards:
+def _open_session(settings: Settings) -> HookSession:
     from vnet_lock.session import Session
 
     return Session(settings)

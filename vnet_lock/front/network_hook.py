@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from vnet_lock.session import Grant
 
 
-class Guards(Protocol):
+class NetworkHookSession(Protocol):
     """What this hook needs of a session."""
 
     table: ClaimTable
@@ -64,7 +64,7 @@ def main(argv: Sequence[str], stdin: BinaryIO, leave: Leave = os._exit) -> int:
 
 
 def perform(
-    settings: Settings, operation: str, xml: bytes, open_session: Callable[[Settings], Guards]
+    settings: Settings, operation: str, xml: bytes, open_session: Callable[[Settings], NetworkHookSession]
 ) -> None:
     """Claim what a new port takes, or give back what an old one had; any VnetLockError where that can't be.
 
@@ -131,7 +131,7 @@ def _has(settings: Settings, owner: Owner, request: Fixed, *kinds: UseKind) -> b
     return any(user.pid == pid and user.kind in kinds for user in users)
 
 
-def _open_session(settings: Settings) -> Guards:
+def _open_session(settings: Settings) -> NetworkHookSession:
     from vnet_lock.session import Session
 
     return Session(settings)

@@ -28,7 +28,7 @@ from vnet_lock.settings import Settings
 _LOOK_S = 10.0
 
 
-class Guards(Protocol):
+class PoolSession(Protocol):
     """What this needs of a session."""
 
     def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
@@ -38,7 +38,7 @@ class Guards(Protocol):
 class PoolPorts:
     """What was seen of the claims the last time."""
 
-    def __init__(self, settings: Settings, session: Guards) -> None:
+    def __init__(self, settings: Settings, session: PoolSession) -> None:
         self._settings = settings
         self._session = session
         self._claims: tuple[int, int] | None = None

@@ -39,7 +39,7 @@ _LOOK = (
 )
 
 
-class Guards(Protocol):
+class WatchSession(Protocol):
     """What this needs of a session."""
 
     table: ClaimTable
@@ -62,7 +62,7 @@ class Seen:
     aliases: frozenset[str] = frozenset()
 
 
-def follow(settings: Settings, session: Guards, uri: str | None) -> int:
+def follow(settings: Settings, session: WatchSession, uri: str | None) -> int:
     """Watch until SIGTERM or SIGINT; 0 then. A daemon that is away is waited for.
 
     BadInput where it isn't the daemon of this host's own guests.
@@ -89,7 +89,7 @@ def follow(settings: Settings, session: Guards, uri: str | None) -> int:
 class Watch:
     """What is known of each guest, by its UUID."""
 
-    def __init__(self, settings: Settings, session: Guards) -> None:
+    def __init__(self, settings: Settings, session: WatchSession) -> None:
         self.is_over = False
         self._settings = settings
         self._session = session
