@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from vnet_lock.claims import ClaimTable
 from vnet_lock.dataclass import replace
 from vnet_lock.errors import BadInput, VnetLockError
-from vnet_lock.front.libvirt_guest import address_words
 from vnet_lock.journal import Companion, Entry
 from vnet_lock.kernel import background
 from vnet_lock.kernel.liveness import Liveness
@@ -86,24 +85,20 @@ def plugging(intent: Intent, grant: Grant) -> Finish:
     """Plug the VF of a grant in, unless that has been done."""
     assert grant.opened is not None  # noqa: S101 - a port has set it up
     assert grant.opened.pci is not None  # noqa: S101 - it was asked for VFIO
-    xml = hostdev_xml(intent, grant.opened.pci, grant.opened.mac or "")
+    pci, mac = grant.opened.pci, grant.opened.mac or ""
 
     def finish(domain: Domain) -> None:
         if f"<alias name='{intent.interface}'/>" not in domain.read_xml():
-            domain.attach(xml)
+            domain.attach(hostdev_xml(intent, pci, mac))
 
     return finish
 
 
 def hostdev_xml(intent: Intent, pci: PciAddress, mac: str) -> str:
-    """The VF as libvirt takes it; every value was parsed, and none needs quoting."""
-    vlan = f"<vlan><tag id='{intent.vlan}'/></vlan>" if intent.vlan is not None else ""
-    teaming = f"<teaming type='transient' persistent='{intent.teaming}'/>" if intent.teaming else ""
-    return (
-        f"<interface type='hostdev' managed='yes'><mac address='{mac}'/>"
-        f"<source><address type='pci' {address_words(pci)}/></source>{vlan}{teaming}"
-        f"<alias name='{intent.interface}'/></interface>"
-    )
+    """The VF as libvirt takes it."""
+    from vnet_lock.domain_rewrite import vf, write_interface  # not in the hook
+
+    return write_interface(intent.interface, vf(pci, intent.vlan, intent.teaming, mac))
 
 
 class _Companion:
