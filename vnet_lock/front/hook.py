@@ -178,7 +178,7 @@ def perform(call: Call, open_session: Callable[[Settings], HookSession]) -> byte
         raise
 
 
-def _take(call: Call, open_session: Callable[[Settings], Guards]) -> bytes:
+def _take(call: Call, open_session: Callable[[Settings], HookSession]) -> bytes:
     """What of a guest is claimed, made, reserved or checked; its XML as ``perform`` returns it."""
     from vnet_lock import domain_xml
     from vnet_lock.front.libvirt_guest import read_owner
