@@ -27,11 +27,13 @@ def find_discord(
     inventory: Inventory,
     others: Iterable[Claim],
     claimed: Collection[Resource],
+    *,
+    own: Iterable[Claim] = (),
 ) -> Discord | None:
     """The first neighbour that what a VF is wanted for doesn't go with.
 
-    ``tenancy`` is None where nothing but the VF is asked for; ``others`` are claims of other guests,
-    ``claimed`` what has a claim of anybody's.
+    ``tenancy`` is None where nothing but the VF is asked for; ``others`` are claims of other guests, ``own``
+    of the same guest, ``claimed`` what has a claim of anybody's.
     """
     if item.pf is None:
         return None
@@ -43,6 +45,9 @@ def find_discord(
             reason = _reason(mine, Tenancy.of(claim, _admin_vlan(inventory, claim.resource)), item.pf, now)
             if reason:
                 return Discord(reason, claim.resource, claim)
+    for claim in own:
+        if are_neighbours(item, claim) and (reason := _eswitch_reason(mine, Tenancy.of(claim), item.pf, now)):
+            return Discord(reason, claim.resource, claim)
     if mine.policy is None:
         return None  # it asks nothing of anybody
     for vf in pf.vfs if pf else ():
@@ -81,6 +86,11 @@ def _reason(one: Tenancy, other: Tenancy, pf: PciAddress, now: str | None) -> st
         if one.vlan and one.vlan == other.vlan:
             return f"would share VLAN {one.vlan} of PF {pf}"
         return f"would not be alone on PF {pf}"
+    return _eswitch_reason(one, other, pf, now)
+
+
+def _eswitch_reason(one: Tenancy, other: Tenancy, pf: PciAddress, now: str | None) -> str:
+    """The same, of one guest's own, which hide nothing from each other."""
     # Whoever says nothing takes the switch as it is.
     if one.policy is not None and breaks_eswitch(one, other, now):
         return f"would need the embedded switch of PF {pf} in {one.eswitch_mode(now)} mode"

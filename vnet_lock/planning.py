@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Combination, Policy, Port, backends_of, ports_of
 from vnet_lock.dataclass import replace
@@ -21,6 +21,7 @@ def plan(requests: Iterable[Request], situation: Situation) -> Plan | Refusal:
     A plain hostdev that is no network device gets no assignment.
     """
     requests = tuple(requests)
+    named = {request.device for request in requests if isinstance(request, Fixed)}
     taken: dict[Request, Assignment] = {}
     for request in sorted(requests, key=lambda one: isinstance(one, Intent)):
         own = {
@@ -28,7 +29,7 @@ def plan(requests: Iterable[Request], situation: Situation) -> Plan | Refusal:
         }
         situation = replace(situation, planned=tuple(taken.values()))
         if isinstance(request, Fixed):
-            found = _plan_fixed(request, situation, own)
+            found = _plan_fixed(request, situation, own, named)
         else:
             found = _plan_intent(request, situation, own)
         if isinstance(found, Refusal):
@@ -41,7 +42,10 @@ def plan(requests: Iterable[Request], situation: Situation) -> Plan | Refusal:
 # --- a device that the guest names --------------------------------------------------------------
 
 
-def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Assignment | Refusal | None:
+def _plan_fixed(
+    request: Fixed, situation: Situation, own: set[Resource], named: Collection[object]
+) -> Assignment | Refusal | None:
+    """What a device takes that the guest names, as it does all of ``named``."""
     inventory = situation.inventory
     if isinstance(request.device, PciAddress):
         vf, pf = inventory.vf_at(request.device), inventory.pf_at(request.device)
@@ -52,7 +56,15 @@ def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Ass
                 f"{request.interface}: there is no network device at {request.device}; see: vnet-lock status"
             )
             return Refusal(request, RefusalKind.INVALID, message)
-        wanted = function_wanted(inventory, request.device)
+        first, *siblings = function_wanted(inventory, request.device)
+        # A guest may have several functions of an IOMMU group. Each is claimed by itself, and what else is in
+        # the group with one of them.
+        had = {item.resource for done in situation.planned if _is_function(done) for item in done.wanted}
+        had |= situation.held_beside()
+        wanted = (
+            first,
+            *(one for one in siblings if one.resource.pci not in named and one.resource not in had),
+        )
     else:
         nic = inventory.nic_named(request.device)
         if nic is None:
@@ -70,6 +82,10 @@ def _plan_fixed(request: Fixed, situation: Situation, own: set[Resource]) -> Ass
     if obstacle:
         return Refusal(request, RefusalKind.HELD, obstacle.message, obstacle.resource, obstacle.holder)
     return Assignment(request, _fixed_combination(request, inventory, wanted[0]), wanted)
+
+
+def _is_function(assignment: Assignment) -> bool:
+    return isinstance(assignment.request, Fixed) and isinstance(assignment.request.device, PciAddress)
 
 
 def _fixed_combination(request: Fixed, inventory: Inventory, device: Wanted) -> Combination | None:

@@ -77,12 +77,28 @@ class Situation:
     planned: tuple[Assignment, ...] = ()
 
     def others(self) -> Iterator[Claim]:
-        """Living claims that are not to be replaced by what is being planned: those of other guests."""
+        """Living claims that are not to be replaced by what is being planned."""
+        yield from self.strangers()
+        yield from self.kept()
+
+    def strangers(self) -> Iterator[Claim]:
+        """Living claims of other guests."""
         for claim in self.claims.records:
-            own = self.owner is not None and claim.owner.is_same_guest(self.owner)
-            stays = self.beside and claim.reservation is None
-            if claim.token not in self.stale and (stays or not own):
+            if claim.token not in self.stale and not self._is_own(claim):
                 yield claim
+
+    def kept(self) -> Iterator[Claim]:
+        """Those of the guest's own that what is being planned comes to."""
+        for claim in self.claims.records if self.beside else ():
+            if claim.token not in self.stale and self._is_own(claim) and claim.reservation is None:
+                yield claim
+
+    def _is_own(self, claim: Claim) -> bool:
+        return self.owner is not None and claim.owner.is_same_guest(self.owner)
+
+    def held_beside(self) -> set[Resource]:
+        """What of the devices is the guest's alone already, and stays so."""
+        return {claim.resource for claim in self.kept() if claim.mode is Mode.EXCLUSIVE}
 
     def obstacle(
         self, wanted: Iterable[Wanted], mac: str | None = None, tenancy: Tenancy | None = None
@@ -97,7 +113,7 @@ class Situation:
             found = found or self._beside(item, tenancy)
             if found:
                 return found
-        for claim in self.others():
+        for claim in self.strangers():
             if same_mac(wanted, mac, claim):
                 holder = holder_text(claim, self.pid_of)
                 message = (
@@ -151,7 +167,7 @@ class Situation:
 
     def _beside(self, item: Wanted, tenancy: Tenancy | None) -> Obstacle | None:
         claimed = {claim.resource for claim in self.claims.records}
-        found = find_discord(item, tenancy, self.inventory, self.others(), claimed)
+        found = find_discord(item, tenancy, self.inventory, self.strangers(), claimed, own=self.kept())
         if found is None:
             return None
         what, neighbour = name_of(item.resource), name_of(found.resource)

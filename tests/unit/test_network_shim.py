@@ -54,3 +54,10 @@ def test_only_a_new_port_fails_where_python_does(shim: NetworkShim, operation: s
     ended = shim.run(operation, xml)
     assert ended.status == status
     assert "/nonexistent/python3 is gone; run: vnet-lock hooks install" in ended.stderr
+
+
+@pytest.mark.parametrize(("operation", "status"), [("port-created", 1), ("port-deleted", 0)])
+def test_a_new_port_without_xml_is_refused(shim: NetworkShim, operation: str, status: int) -> None:
+    said = 'vnet-lock: network "g": libvirt gave no XML to the hook\n'
+    assert shim.run(operation, b"") == Ended(status, "", said)
+    assert not shim.started_python

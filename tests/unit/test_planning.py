@@ -239,6 +239,58 @@ def test_an_iommu_group_is_given_out_whole() -> None:
     assert "VF 0000:01:10.2 is held" in refused(decide(inventory, one_vf, claims=(sibling,)))
 
 
+def one_group(count: int) -> tuple[Inventory, list[Vf]]:
+    """A PF all of whose VFs are in one IOMMU group."""
+    made = pf(PF_A, "enp1", count)
+    vfs = [replace(vf, iommu_group=100) for vf in made.vfs]
+    inventory = host(replace(made, vfs=tuple(vfs)))
+    return replace(inventory, iommu_groups={100: tuple(vf.pci for vf in vfs)}), vfs
+
+
+def test_a_guest_may_have_several_functions_of_a_group_and_the_rest_goes_with_one_of_them() -> None:
+    inventory, (first, second, third) = one_group(3)
+    both = [Fixed(f"net{vf.index}", vf.pci, Form.HOSTDEV) for vf in (first, third)]
+    result = decide(inventory, *both)
+    assert isinstance(result, Plan)
+    assert [[item.resource for item in one.wanted] for one in result.assignments] == [
+        [first.resource, second.resource],
+        [third.resource],
+    ]
+    assert "named twice" in refused(decide(inventory, both[0], both[0]), RefusalKind.INVALID)
+    # What is in VFIO's group can't have a macvtap of the same guest.
+    for order in (1, -1):
+        requests = [both[0], Fixed("net1", "enp1v1", Form.PASSTHRU)][::order]
+        assert "named twice" in refused(decide(inventory, *requests), RefusalKind.INVALID)
+
+
+def test_a_function_comes_to_another_of_its_group_that_the_guest_has() -> None:
+    inventory, (first, second) = one_group(2)
+    own, late = claim(WEB, first.resource, PF_A), Fixed("net1", second.pci, Form.HOSTDEV)
+    result = decide(inventory, late, claims=(own,), beside=True)
+    assert isinstance(result, Plan)
+    assert [item.resource for item in result.assignments[0].wanted] == [second.resource]
+    assert "VF 0000:01:10.0 is held" in refused(decide(inventory, late, claims=(own,), owner=DB))
+
+
+def test_a_guests_own_are_no_strangers_to_what_comes_to_them() -> None:
+    """Both halves of a team have one MAC, and what is private is so from other guests."""
+    mac = "52:54:00:00:00:01"
+    inventory = host(pf(PF_A, "enp1", 2))
+    standby = claim(WEB, Resource.pf(PF_A), mode=Mode.SHARED, mac=mac)
+    private = claim(WEB, inventory.pfs[0].vfs[0].resource, PF_A, combination="private-sriov-vfio")
+    late = Fixed("net1", inventory.pfs[0].vfs[1].pci, Form.HOSTDEV, mac)
+    held = (standby, private)
+    assert planned(decide(inventory, late, claims=held, beside=True)) == [
+        ("veb-sriov-vfio", "vf:0000:01:10.2")
+    ]
+    assert mac in refused(decide(inventory, late, claims=(standby,), beside=True, owner=DB))
+    assert "alone" in refused(decide(inventory, late, claims=(private,), beside=True, owner=DB))
+    # Only the switch is one for all.
+    other = replace(private, combination="vepa-sriov-vfio")
+    wanted = replace(late, policy=Policy.VEB)
+    assert "switch" in refused(decide(inventory, wanted, claims=(other,), beside=True))
+
+
 def test_a_claim_on_a_bond_is_a_share_of_what_is_below() -> None:
     bond = nic("bond0", kind="bond", lowers=("enp1",))
     inventory = host(pf(PF_A, "enp1", 1), nics=(bond,))
