@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -33,6 +34,18 @@ from vnet_lock.model import (
 from vnet_lock.rules import conflict, holder_text
 from vnet_lock.settings import Settings
 from vnet_lock.use import foreign_users
+
+# What tells whose a use is that no process was found for.
+_WHO_HAS_IT = {
+    UseKind.VFIO: "fuser -v /dev/vfio/*",
+    UseKind.UPPER: "ip -details link",
+    UseKind.NAMESPACE: "lsns --type net",
+    UseKind.ADDRESS: "ip address; ip route",
+    UseKind.SOCKET: "ss --packet --processes",
+    UseKind.DRIVER: "fuser -v /dev/uio*",
+    UseKind.UNSEEN: "lsns --type net",
+    UseKind.LIBVIRT: "virsh list",
+}
 
 
 class Standing(StrEnum):
@@ -209,17 +222,25 @@ class _Auditor:
         return ResourceState(resource, standing, tuple(claims), users)
 
     def _report_strangers(self, resource: Resource, strangers: tuple[User, ...], living: list[Claim]) -> None:
-        name, who = name_of(resource), "; ".join(user.text for user in strangers)
-        pid = next((user.pid for user in strangers if user.pid), None)
+        name = name_of(resource)
         if living:
             holder = holder_text(living[0], self.kinship.guest_pid)
+            who = "; ".join(user.text for user in strangers)
             self._error(
                 "conflict", resource, f"{name} is held by {holder}, but used by {who}; stop one of them"
             )
+            return
+        who = "; ".join((strangers[0].by_whom, *(user.text for user in strangers[1:])))
+        said = f"{name} is in use without a claim {who}"
+        pid = next((user.pid for user in strangers if user.pid), None)
+        if pid:
+            self._error(
+                "foreign", resource, f"{said}; stop it, or claim it: vnet-lock claim {resource} --pid {pid}"
+            )
+        elif os.geteuid() != 0 and all(user.kind is UseKind.UNSEEN for user in strangers):
+            self._warn("foreign", resource, f"{said}; run as root to see where that is")
         else:
-            claiming = f", or claim it: vnet-lock claim {resource} --pid {pid}" if pid else ""
-            who = "; ".join((strangers[0].by_whom, *(user.text for user in strangers[1:])))
-            self._error("foreign", resource, f"{name} is in use without a claim {who}; stop it{claiming}")
+            self._error("foreign", resource, f"{said}; who has it: {_WHO_HAS_IT[strangers[0].kind]}")
 
     def _report_tenants(self, resource: Resource, living: list[Claim]) -> None:
         """Guests that have what is left to the host: from before it was, or where nobody could refuse it."""

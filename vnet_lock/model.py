@@ -304,6 +304,7 @@ class UseKind(StrEnum):
     ADDRESS = "address"  # the host itself has an address on it
     SOCKET = "socket"  # a packet socket or a tap's descriptor
     DRIVER = "driver"  # a driver that is neither its own nor VFIO's
+    UNSEEN = "unseen"  # its own driver has it, but its netdev is nowhere that we can see
     LIBVIRT = "libvirt"  # libvirt's status file of a running guest names it
 
 

@@ -21,7 +21,7 @@ def counts(resource: Resource, mode: Mode, kind: UseKind) -> bool:
     """
     if resource.kind is ResourceKind.VF or mode is Mode.EXCLUSIVE:
         return True
-    return kind in (UseKind.VFIO, UseKind.DRIVER)
+    return kind in (UseKind.VFIO, UseKind.DRIVER, UseKind.UNSEEN)
 
 
 def foreign_users(
@@ -90,7 +90,7 @@ class _Lawful:
                 if user.mark is not None:
                     return any(owner.uuid == user.mark for owner in self.owners)
                 return None if user.pid is None else False
-            case UseKind.VFIO | UseKind.DRIVER:
+            case UseKind.VFIO | UseKind.DRIVER | UseKind.UNSEEN:
                 return None if user.pid is None else False
             case UseKind.NAMESPACE | UseKind.ADDRESS | UseKind.SOCKET:
                 # Any process may look at a claimed device's traffic or live in its namespace.

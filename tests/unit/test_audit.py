@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -261,6 +262,35 @@ def test_bridges_and_vlans_on_a_pf_are_the_hosts_own_business(host):
     host.add_pf("0000:01:00.0", "eth0", ["igbvf"])
     host.add_link("eth0.5", ["eth0"], uevent="vlan")
     assert look(host).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("uid", "severity", "step"),
+    [
+        (0, Severity.ERROR, "; who has it: lsns --type net"),
+        (1000, Severity.WARNING, "; run as root to see where that is"),
+    ],
+)
+def test_what_takes_root_to_see_is_no_error_to_others(host, monkeypatch, uid, severity, step):
+    monkeypatch.setattr(os, "geteuid", lambda: uid)
+    (vf,) = host.add_pf("0000:01:00.0", "eth0", ["igbvf"])
+    shutil.rmtree(host.root / f"sys/bus/pci/devices/{vf}/net")
+    shutil.rmtree(host.root / "sys/class/net/eth0v0")
+    found = look(host)
+    (finding,) = found.findings
+    assert (finding.severity, finding.kind) == (severity, "foreign")
+    assert finding.message.endswith(step)
+    assert found.state_of(Resource.vf(vf)).standing is Standing.FOREIGN
+
+
+def test_where_no_process_is_known_the_way_to_find_it_is_said(host):
+    (vf,) = host.add_pf("0000:01:00.0", "eth0", ["igb_uio"])
+    shutil.rmtree(host.root / f"sys/bus/pci/devices/{vf}/net")
+    shutil.rmtree(host.root / "sys/class/net/eth0v0")
+    (finding,) = look(host).findings
+    assert finding.message == (
+        f"VF {vf} is in use without a claim (bound to igb_uio); who has it: fuser -v /dev/uio*"
+    )
 
 
 def test_two_guests_with_one_mac_on_one_pf_are_a_warning(host):

@@ -200,7 +200,7 @@ def test_a_user_space_driver_is_a_use_and_names_who_has_its_device_open(host: Fa
 def test_a_network_driver_without_a_network_device_is_a_use(host: FakeHost):
     drive(host, VF0, "igbvf")
     (found,) = users(host, f"vf:{VF0}")
-    assert found.kind is UseKind.DRIVER
+    assert found.kind is UseKind.UNSEEN
     assert found.text == "bound to igbvf, with no network device that could be found"
 
 

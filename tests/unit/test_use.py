@@ -110,6 +110,6 @@ def test_a_claimant_without_any_use_of_its_own_accounts_for_nothing():
 
 @pytest.mark.parametrize("kind", list(UseKind))
 def test_a_shared_pf_is_the_hosts_own_unless_a_driver_takes_it_away(kind):
-    assert counts(PF, Mode.SHARED, kind) is (kind in (UseKind.VFIO, UseKind.DRIVER))
+    assert counts(PF, Mode.SHARED, kind) is (kind in (UseKind.VFIO, UseKind.DRIVER, UseKind.UNSEEN))
     assert counts(PF, Mode.EXCLUSIVE, kind)
     assert counts(VF, Mode.SHARED, kind)

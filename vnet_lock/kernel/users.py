@@ -127,7 +127,7 @@ class _Evidence:
                 (found.netdevs[name] for name in parents[function.pci] if name in found.netdevs), None
             )
             how = f"bound to {function.driver}, with no network device that could be found"
-            user = User(None, "", how, UseKind.DRIVER)
+            user = User(None, "", how, UseKind.UNSEEN)
             if where is not None:
                 namespace, link = where
                 user = self._name(namespace.pid, f"{link.name} is in {namespace.text}", UseKind.NAMESPACE)
