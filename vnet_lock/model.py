@@ -425,6 +425,14 @@ class Inventory:
         """The PF at an address."""
         return next((pf for pf in self.pfs if pf.pci == pci), None)
 
+    def pf_named(self, name: str) -> Pf | None:
+        """The PF with this name of its network device, or at this PCI address, long or short."""
+        found = next((pf for pf in self.pfs if name in (pf.netdev, pf.pci.text)), None)
+        if found is None:
+            with suppress(ValueError):
+                return self.pf_at(PciAddress.parse(name))
+        return found
+
     def vf_at(self, pci: PciAddress) -> Vf | None:
         """The VF at an address."""
         return next((vf for vf in self.vfs() if vf.pci == pci), None)

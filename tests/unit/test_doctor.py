@@ -92,13 +92,32 @@ def test_hooks_that_are_not_there_or_not_ours_are_errors(host: FakeHost) -> None
     hook(host, "network").write_text("#!/bin/sh\n")
     hook(host, "daemon").unlink()
     said = found(host, "hooks")
-    assert [health for health, _ in said] == ["error"] * 3
+    assert [health for health, _ in said] == ["warning", "error", "error"]
     hooks_install.remove(host.settings)
     (host.root / "etc/libvirt/hooks/network.d/50-vnet-lock").unlink()
     assert found(host, "daemon") == [], "there is nothing that it could know"
     assert str(hook(host, "daemon")) in said[0][1]
     assert "not of this version" in said[1][1]
     assert "another program or person wrote it" in said[2][1]
+
+
+@pytest.mark.parametrize(
+    ("absent", "health", "words"),
+    [
+        (("daemon",), "warning", "so nobody sees whether libvirt's daemon looked for hooks"),
+        (("network", "daemon"), "error", "libvirt asks nobody about networks: there is no"),
+        (("qemu", "network"), "error", "libvirt asks nobody about guests and networks: there is no"),
+    ],
+)
+def test_of_hooks_that_are_not_there_is_said_what_is_not_asked(
+    host: FakeHost, absent: tuple[str, ...], health: str, words: str
+) -> None:
+    for driver in absent:
+        hook(host, driver).unlink()
+    ((said_health, message),) = found(host, "hooks")
+    assert (said_health, words in message) == (health, True), message
+    assert all(str(hook(host, driver)) in message for driver in absent)
+    assert message.endswith("; do: vnet-lock hooks install")
 
 
 def test_without_libvirt_nobody_misses_its_hooks(tmp_path: Path) -> None:
@@ -281,7 +300,7 @@ def test_a_configuration_is_checked_against_the_devices_that_are_here(host: Fake
     assert health == "error"
     assert message.startswith(f"{path}:2: unknown key")
     path.write_text("[pools.a]\npf=['enp1']\n")
-    assert found(host, "configuration") == [("ok", f"{path}: 1 pools")]
+    assert found(host, "configuration") == [("ok", f"{path}: 1 pool")]
 
 
 def test_a_claims_directory_that_others_can_write_is_an_error(host: FakeHost) -> None:
@@ -291,7 +310,7 @@ def test_a_claims_directory_that_others_can_write_is_an_error(host: FakeHost) ->
     assert "others can write it" in message
     os.chmod(host.settings.claims_dir, 0o755)
     Path(host.settings.claims_dir, f"vf:{host.vfs[0]}~1~{'a' * 16}.json").write_text("{")
-    assert found(host, "claims")[0] == ("error", "1 claim records can't be trusted; see: vnet-lock status")
+    assert found(host, "claims")[0] == ("error", "1 claim record can't be trusted; see: vnet-lock status")
 
 
 def test_what_the_kernel_lacks_is_a_warning_with_what_to_do(host: FakeHost) -> None:

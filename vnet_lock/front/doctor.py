@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 
 from vnet_lock.backends import tap_vhost, vfio
@@ -26,6 +26,8 @@ _NOBODY = """<domain type='kvm'><name>vnet-lock-doctor</name><uuid>00000000-0000
 <metadata><vnet:guest xmlns:vnet="urn:vnet-lock:guest:1"/></metadata></domain>
 """
 _HOOK_S = 30
+# What libvirt asks the hooks of its drivers about; the daemon's own is told, and asked nothing.
+_ASKED = {"qemu": "guests", "network": "networks"}
 # A claim's record takes a page.
 _LEAST_FREE_BYTES = 1 << 20
 
@@ -78,13 +80,13 @@ def _look_at_configuration(settings: Settings) -> Found:
     for message in odd:
         yield Health.WARNING, f"{config.path}: {message}"
     if not odd:
-        yield Health.OK, f"{config.path}: {len(config.pools)} pools"
+        yield Health.OK, f"{config.path}: {_counted(len(config.pools), 'pool')}"
 
 
 def _odd_pools(config: Config, inventory: Inventory) -> Iterator[str]:
     left = config.left_to_host(inventory)
     for pool in config.pools.values():
-        pfs = [_find_pf(inventory, name) for name in pool.pfs]
+        pfs = [inventory.pf_named(name) for name in pool.pfs]
         for name, pf in zip(pool.pfs, pfs, strict=True):
             if pf is None:
                 yield f"pool {pool.name}: there is no PF {name} here; see: vnet-lock status"
@@ -97,7 +99,7 @@ def _odd_pools(config: Config, inventory: Inventory) -> Iterator[str]:
 
 def _odd_left(config: Config, inventory: Inventory) -> Iterator[str]:
     for name, indices in config.left.items():
-        pf = _find_pf(inventory, name)
+        pf = inventory.pf_named(name)
         if pf is None:
             yield f"[host.vfs]: there is no PF {name} here; see: vnet-lock status"
         else:
@@ -109,11 +111,12 @@ def _odd_indices(what: str, name: str, pf: Pf, indices: frozenset[int] | None) -
     if missing:
         more = f"run: vnet-lock vfs {name} {max(missing) + 1}"
         step = more if max(missing) < pf.totalvfs else f"it can have {pf.totalvfs}"
-        yield f"{what}: {name} has {len(pf.vfs)} VFs now, so there is no VF {format_indices(missing)}; {step}"
+        count = _counted(len(pf.vfs), "VF")
+        yield f"{what}: {name} has {count} now, so there is no VF {format_indices(missing)}; {step}"
 
 
-def _find_pf(inventory: Inventory, name: str) -> Pf | None:
-    return next((pf for pf in inventory.pfs if name in (pf.netdev, pf.pci.text)), None)
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _look_at_claims(settings: Settings) -> Found:
@@ -125,9 +128,10 @@ def _look_at_claims(settings: Settings) -> Found:
     if room.f_bavail * room.f_frsize < _LEAST_FREE_BYTES:
         yield Health.ERROR, f"the file system of {settings.run} is full: nothing can be claimed; see: df"
     if claims.damaged:
-        yield Health.ERROR, f"{len(claims.damaged)} claim records can't be trusted; see: vnet-lock status"
+        records = _counted(len(claims.damaged), "claim record")
+        yield Health.ERROR, f"{records} can't be trusted; see: vnet-lock status"
     if room.f_bavail and not claims.damaged:
-        yield Health.OK, f"{settings.run} is ours, with {len(claims.records)} claims"
+        yield Health.OK, f"{settings.run} is ours, with {_counted(len(claims.records), 'claim')}"
 
 
 # --- libvirt --------------------------------------------------------------------------------------
@@ -138,18 +142,27 @@ def _look_at_hooks(settings: Settings) -> Found:
         yield Health.OK, "libvirt isn't installed here"
         return
     files = hooks_install.read_status(settings)
-    absent = [file.path for file in files if file.state is HookState.ABSENT]
-    if absent:
-        yield (
-            Health.ERROR,
-            f"libvirt asks nobody: there is no {', '.join(absent)}; do: vnet-lock hooks install",
-        )
+    yield from _look_for_absent(files)
     for file in files:
         if file.state in (HookState.FOREIGN, HookState.OUTDATED):
             yield Health.ERROR, file.text
     if all(file.state is HookState.INSTALLED for file in files):
         yield _try_hook(files[0].path)
     yield from _look_at_server(settings)
+
+
+def _look_for_absent(files: Sequence[HookFile]) -> Found:
+    named = zip(hooks_install.DRIVERS, files, strict=True)
+    absent = {driver: file.path for driver, file in named if file.state is HookState.ABSENT}
+    if not absent:
+        return
+    nobody = [what for driver, what in _ASKED.items() if driver in absent]
+    message = f"there is no {', '.join(absent.values())}"
+    if nobody:
+        message = f"libvirt asks nobody about {' and '.join(nobody)}: {message}"
+    else:
+        message += ", so nobody sees whether libvirt's daemon looked for hooks when it was reloaded"
+    yield Health.ERROR if nobody else Health.WARNING, f"{message}; do: vnet-lock hooks install"
 
 
 def _try_hook(path: str) -> tuple[Health, str]:

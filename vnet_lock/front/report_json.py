@@ -12,7 +12,9 @@ from vnet_lock.model import Claim, Resource, User, Vf
 from vnet_lock.request import Assignment, Intent, Plan, Refusal, Rejection, Request
 
 if TYPE_CHECKING:
+    from vnet_lock.front.doctor import Check
     from vnet_lock.matrix import Verdict
+    from vnet_lock.session import Healed
 
 VERSION = 1
 
@@ -105,6 +107,30 @@ def matrix_json(verdicts: Iterable[Verdict]) -> dict[str, Any]:
             }
             for one in verdicts
         ],
+    }
+
+
+def healed_json(healed: Iterable[Healed], dry_run: bool) -> dict[str, Any]:
+    """The whole of ``gc --json``: what was healed, or would be, with what could not be undone."""
+    return {
+        "version": VERSION,
+        "dry_run": dry_run,
+        "healed": [
+            {
+                "resources": [claim.resource.text for claim in one.claims],
+                "owner": one.claims[0].owner.name,
+                "failures": list(one.failures),
+            }
+            for one in healed
+        ],
+    }
+
+
+def checks_json(checks: Iterable[Check]) -> dict[str, Any]:
+    """The whole of ``doctor --json``."""
+    return {
+        "version": VERSION,
+        "checks": [{"health": one.health.value, "check": one.kind, "message": one.message} for one in checks],
     }
 
 

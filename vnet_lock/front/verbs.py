@@ -6,13 +6,12 @@ import os
 import sys
 import time
 from argparse import Namespace
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import report, report_json
 from vnet_lock.front.command import printable
-from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, PciAddress, Pf, Resource
+from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, Pf, Resource
 from vnet_lock.request import Plan, RefusalKind, Request
 from vnet_lock.settings import Settings
 
@@ -27,7 +26,6 @@ REFUSED = 4
 # What plan takes in the place of a guest: the keys of -netdev host.
 _PLAN_WORDS = ("mode", "dev", "pool", "port", "protocols", "vlan", "mac", "queues", "ip", "dhcp")
 _WATCH_S = 1.0
-_STAYS = "; the claims stay until it can be undone"
 # How often a host is looked at again that changes while we look.
 _MOST_LOOKS = 5
 
@@ -125,23 +123,13 @@ def gc(settings: Settings, args: Namespace) -> int:
     from vnet_lock.session import Session
 
     healed = Session(settings).heal(dry_run=args.dry_run)
-    failures = [failure for one in healed for failure in one.failures]
     if args.json:
-        names = [
-            {
-                "resources": [each.resource.text for each in one.claims],
-                "owner": one.claims[0].owner.name,
-                "failures": list(one.failures),
-            }
-            for one in healed
-        ]
-        print(_dumps({"version": report_json.VERSION, "dry_run": args.dry_run, "healed": names}))
+        print(_dumps(report_json.healed_json(healed, args.dry_run)))
     else:
         _print_healed(healed, args.dry_run)
         if not healed:
             print("nothing is stale")
-    if failures:
-        raise VnetLockError("; ".join(failures) + _STAYS)
+    _require_undone(healed)
     return 0
 
 
@@ -151,8 +139,7 @@ def doctor(settings: Settings, args: Namespace) -> int:
 
     checks = [*examine(settings)]
     if args.json:
-        found = [{"health": one.health.value, "check": one.kind, "message": one.message} for one in checks]
-        print(_dumps({"version": report_json.VERSION, "checks": found}))
+        print(_dumps(report_json.checks_json(checks)))
     else:
         print(report.checks_text(checks, _style(sys.stdout)))
     return AUDIT_ERROR if any(one.health is Health.ERROR for one in checks) else 0
@@ -166,9 +153,7 @@ def reap(settings: Settings, args: Namespace) -> int:
 
         healed = Session(settings).heal()
         _print_healed(healed, dry_run=False)
-        failures = [failure for one in healed for failure in one.failures]
-        if failures:
-            raise VnetLockError("; ".join(failures) + _STAYS)
+        _require_undone(healed)
 
     if not args.follow:
         heal()
@@ -186,6 +171,13 @@ def watch(settings: Settings, args: Namespace) -> int:
     return follow(settings, Session(settings), args.connect)
 
 
+def _require_undone(healed: Sequence[Healed]) -> None:
+    """Raise one VnetLockError for all that could not be undone."""
+    failures = [failure for one in healed for failure in one.failures]
+    if failures:
+        raise VnetLockError("; ".join(failures) + "; the claims stay until it can be undone")
+
+
 def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
     for one in healed:
         what = ", ".join(each.resource.text for each in one.claims)
@@ -195,13 +187,13 @@ def _print_healed(healed: Sequence[Healed], dry_run: bool) -> None:
 
 def vfs(settings: Settings, args: Namespace) -> int:
     """Show or change the number of VFs."""
-    pf = _find_pf(_look(settings, [args.pf]).inventory, args.pf)
+    pf = _require_pf(_look(settings, [args.pf]).inventory, args.pf)
     if args.count is not None:
         from vnet_lock.administration import Administration
 
         Administration(settings).set_numvfs(pf.pci, args.count)
     found = _look(settings, [args.pf])
-    print(report.vfs_text(found, _find_pf(found.inventory, args.pf), _style(sys.stdout)))
+    print(report.vfs_text(found, _require_pf(found.inventory, args.pf), _style(sys.stdout)))
     return 0
 
 
@@ -244,7 +236,7 @@ def _look(settings: Settings, devices: list[str] | None, must_exist: bool = True
         if _changed_at(settings) == stamp:
             break
     for device in devices or () if must_exist else ():
-        _find_pf(inventory, device)
+        _require_pf(inventory, device)
     return audit(settings, inventory, claims, devices)
 
 
@@ -256,11 +248,8 @@ def _changed_at(settings: Settings) -> int:
         return 0
 
 
-def _find_pf(inventory: Inventory, device: str) -> Pf:
-    found = next((pf for pf in inventory.pfs if device in (pf.netdev, pf.pci.text)), None)
-    if found is None and not device.isidentifier():
-        with suppress(ValueError):
-            found = inventory.pf_at(PciAddress.parse(device))
+def _require_pf(inventory: Inventory, device: str) -> Pf:
+    found = inventory.pf_named(device)
     if found is None:
         raise BadInput(f"{device or repr(device)} is no PF here; see: vnet-lock status")
     return found
