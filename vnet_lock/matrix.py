@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 
 from vnet_lock.combination import COMBINATIONS, Combination, Policy, Port
 from vnet_lock.dataclass import dataclass
+from vnet_lock.errors import BadInput
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Inventory, Nic
 from vnet_lock.probing import Probes
-from vnet_lock.request import Intent, Plan, Refusal
+from vnet_lock.request import Intent, Plan, Refusal, RefusalKind
 from vnet_lock.session import Session
 from vnet_lock.settings import Settings
 
@@ -36,9 +37,12 @@ class Verdict:
 def read_matrix(settings: Settings, devices: Sequence[str] = ()) -> tuple[Verdict, ...]:
     """A verdict for each combination, on these devices, or on any that this host has.
 
-    Changes nothing that stays. Who isn't root is told what takes root.
+    Changes nothing that stays. Who isn't root is told what takes root. BadInput where none of the devices
+    that are named is here.
     """
     session = Session(settings)
+    if devices:
+        _require_any(session, tuple(devices))
     inventory = read_inventory(settings)
     probes = Probes(settings)
     try:
@@ -47,6 +51,13 @@ def read_matrix(settings: Settings, devices: Sequence[str] = ()) -> tuple[Verdic
         )
     finally:
         probes.close()
+
+
+def _require_any(session: Session, devices: tuple[str, ...]) -> None:
+    """BadInput where there is none of them, as a plan says it: of a typo no line of a matrix is any use."""
+    found = session.plan([Intent("matrix", Policy.PRIVATE, devices)])
+    if isinstance(found, Refusal) and found.kind is RefusalKind.INVALID:
+        raise BadInput(found.message.removeprefix("matrix: "))
 
 
 def _judge(session: Session, probes: Probes, one: Combination, devices: tuple[str, ...]) -> Verdict:
@@ -95,5 +106,5 @@ def _reason(refusal: Refusal) -> str:
     reasons = list(dict.fromkeys(one.reason for one in refusal.rejected)) or [
         refusal.message.removeprefix("matrix: ")
     ]
-    more = f" (and {len(reasons) - 1} more devices)" if len(reasons) > 1 else ""
-    return reasons[0] + more
+    more = len(reasons) - 1
+    return reasons[0] + (f" (and {more} more device{'s' if more > 1 else ''})" if more else "")

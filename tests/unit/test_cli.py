@@ -284,6 +284,12 @@ def test_gc_as_json(host, run):
     assert json.loads(run("gc", "--json")[1])["healed"][0]["resources"] == [f"vf:{host.vfs[0]}"]
 
 
+def test_a_matrix_of_a_typo_is_bad_input(run):
+    code, out, err = run("matrix", "--dev", "eth00")
+    assert (code, out) == (2, "")
+    assert err.startswith("vnet-lock: there is no network device 'eth00' here; see:")
+
+
 # --- plan, vfs -------------------------------------------------------------------------------------
 
 GUEST = """<domain type='kvm'><name>web1</name><uuid>11111111-0000-4000-8000-000000000000</uuid>
@@ -512,7 +518,7 @@ def test_an_empty_word_is_shown_as_one(run, verb):
         (("status", "eth\udcff"), 2),
         (("vfs", "eth\udcff"), 2),
         (("show", "nic:eth\udcff"), 2),
-        (("matrix", "--dev", "eth\udcff"), 0),  # which says of each combination why it is not ready
+        (("matrix", "--dev", "eth\udcff"), 2),
     ],
 )
 def test_a_name_that_no_device_can_have_is_told_as_any_other(run, words, status):
