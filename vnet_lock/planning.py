@@ -167,7 +167,7 @@ def _malformed(intent: Intent, inventory: Inventory) -> str:
     if not intent.devs and intent.pool is not None:
         return f"there is no pool {intent.pool!r}: this host has no configuration, see vnet-lock.toml(5)"
     if not intent.devs:
-        missing = "dev= is missing; name a network device (dev=eth0), a PCI address, or a pool (pool=)"
+        missing = "no device is named; name a network device (eth0) or a PCI address as dev, or a pool"
         return "" if intent.policy is Policy.NAT else missing
     # A bridge that is asked for by name may have to be made.
     may_be_new = intent.ports == (Port.BRIDGE,)

@@ -6,7 +6,7 @@ Never looks at the host, opens or runs anything. The line that QEMU gets in thei
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Policy, Port, ports_of
 from vnet_lock.dataclass import dataclass
@@ -24,6 +24,8 @@ _NOT_PCI = frozenset(("virtio-net-device", "virtio-net-ccw", "usb-net", "ne2k_is
 _VHOST = (Backend.TAP_VHOST, Backend.SOCKET_VHOST)
 _MAX_QUEUES = 256  # MAX_TAP_QUEUES, include/linux/if_tap.h
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed(), util/id.c
+# A key in what an error says, as a word of its own.
+_KEY = re.compile(rf"(?<!\S)(?:{'|'.join(_KEYS)})=")
 _MAC = re.compile(r"[0-9a-f]{2}([:-])(?:[0-9a-f]{2}\1){4}[0-9a-f]{2}")
 
 
@@ -92,6 +94,19 @@ def read_argv(args: Sequence[str]) -> QemuArgv:
         pidfile=last.get("pidfile"),
         run_as=last.get("runas") or Properties.parse_words(last.get("run-with", ""), "").get("user"),
     )
+
+
+def read_words(words: Iterable[tuple[str, str]]) -> Intent:
+    """What a command's options want, each with the name of a key of ``-netdev host``: ``--mode=veb``.
+
+    BadInput says what is wrong with them as options.
+    """
+    network = ",".join(["host", "id=net0", *(f"{key}={value.replace(',', ',,')}" for key, value in words)])
+    try:
+        return read_argv(["-netdev", network]).intents[0]
+    except BadInput as error:
+        said = str(error).removeprefix(f"-netdev {network}: ")
+        raise BadInput(_KEY.sub(r"--\g<0>", said)) from error
 
 
 def _parse(option: Option) -> Properties:

@@ -232,7 +232,7 @@ def test_a_packet_sockets_relay_is_handed_over_and_qemu_takes_its_words(host):
 
 REFUSALS = [
     ("--mode=vepa --dev=nosuch0", 2, "input", "nosuch0"),
-    ("--mode=vepa", 2, "input", "dev= is missing"),
+    ("--mode=vepa", 2, "input", "no device is named"),
     ("--dev=up0", 2, "input", "mode= is missing"),
     ("--mode=vepa --dev=up0 --shiny", 2, "input", "'--shiny'"),
     ("--mode=vepa --dev=up0 up1", 2, "input", "'up1'"),

@@ -363,7 +363,7 @@ def test_a_plan_of_nonsense_is_bad_input(run, words):
 def test_a_plan_without_a_device_is_refused_where_the_host_has_no_default(run):
     code, out, err = run("plan", "--mode", "veb")
     assert (code, out) == (2, "net0: veb: refused\n")
-    assert err.startswith("vnet-lock: net0: dev= is missing")
+    assert err.startswith("vnet-lock: net0: no device is named")
 
 
 def test_malformed_xml_is_bad_input(host, run, tmp_path):

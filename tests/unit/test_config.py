@@ -324,7 +324,7 @@ def test_an_interface_that_names_no_device_gets_the_default_of_its_policy(host: 
     )
     assert planned(host, replace(POOL, pool=None)) == [f"vf:{host.vfs[4]}"]
     assert planned(host, replace(POOL, pool=None, policy=Policy.PRIVATE)) == [f"vf:{host.vfs[0]}"]
-    assert "dev= is missing" in refused(host, replace(POOL, pool=None, policy=Policy.VEPA))
+    assert "no device is named" in refused(host, replace(POOL, pool=None, policy=Policy.VEPA))
     named = replace(POOL, pool=None, devs=("enp1",), ports=(Port.SRIOV,))
     assert planned(host, named) == [f"vf:{host.vfs[0]}"]
 

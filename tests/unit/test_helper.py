@@ -69,12 +69,12 @@ def test_only_what_can_be_handed_over_is_asked_for(protocols, as_json, backends)
 @pytest.mark.parametrize(
     ("line", "as_json", "error", "words"),
     [
-        ("--dev=eth0", True, BadInput, "mode= is missing"),
-        ("--mode=vepa --dev=eth0 --pool=a", True, BadInput, "dev= and pool= exclude each other"),
-        ("--mode=vepa --mode=veb --dev=eth0", True, BadInput, "mode= is there twice"),
+        ("--dev=eth0", True, BadInput, "--mode= is missing"),
+        ("--mode=vepa --dev=eth0 --pool=a", True, BadInput, "--dev= and --pool= exclude each other"),
+        ("--mode=vepa --mode=veb --dev=eth0", True, BadInput, "--mode= is there twice"),
         ("--mode=vepa --dev=a/b", True, BadInput, '"a/b" is neither'),
         ("--mode=vepa --dev=eth0 --protocols=tap,shiny", True, BadInput, "shiny"),
-        ("--mode=vepa --dev=eth0 --queues=0", True, BadInput, "not a number from 1"),
+        ("--mode=vepa --dev=eth0 --queues=0", True, BadInput, '--queues="0" is not a number from 1'),
         ("--mode=vepa --dev=eth0 --queues=127", True, BadInput, "126 queues"),
         ("--mode=vepa --dev=eth0 --queues=2", False, BadInput, "--socketpair"),
         ("--mode=vepa --dev=eth0 --protocols=vfio", True, Unsupported, "add tap"),

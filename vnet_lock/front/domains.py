@@ -29,7 +29,7 @@ from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import read_file, read_words
 from vnet_lock.model import Owner, name_of
 from vnet_lock.ports.macvtap import random_mac
-from vnet_lock.request import Fixed, Intent
+from vnet_lock.request import Fixed
 from vnet_lock.resolving import made_late
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
@@ -194,8 +194,7 @@ def _claim_words(
     )
     if alias in there:
         raise BadInput(f'guest "{domain.name}" has an interface {alias} already; choose another --alias')
-    (intent,) = read_words(args)
-    assert isinstance(intent, Intent)  # noqa: S101 - words ask for nothing else
+    intent = read_words(args)
     if args.teaming and intent.mac:
         raise BadInput("teamed with another interface it has the same MAC address; leave --mac out")
     mac = _mac_of(domain, args.teaming) if args.teaming else intent.mac or random_mac()

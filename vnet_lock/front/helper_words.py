@@ -100,12 +100,9 @@ def read_intent(words: Words) -> Intent:
     is_raw = words.has("raw") or (words.is_for_bridge and not words.use_vnet)
     is_nat = values.get("mode") == [Policy.NAT]
     protocols = values.get("protocols") or [_usual(target, words.command, is_raw, is_nat)]
-    keys = ["host", "id=net0"]
-    for name in KEYS:
-        for value in protocols if name == "protocols" else values.get(name, []):
-            text = value.replace(",", ":") if name == "protocols" else value.replace(",", ",,")
-            keys.append(f"{name}={text}")
-    intent = replace(_read_network(",".join(keys)), raw=is_raw, datagrams=True)
+    values = {**values, "protocols": [each.replace(",", ":") for each in protocols]}
+    pairs = [(name, value) for name in KEYS for value in values.get(name, [])]
+    intent = replace(_read_network(pairs), raw=is_raw, datagrams=True)
     if target is Target.TAP_ONLY and intent.queues > 1:
         raise BadInput("--fd takes one descriptor, so there is no --queues; use --socketpair")
     if 2 * intent.queues > _MOST_FDS:
@@ -129,13 +126,10 @@ def _usual(target: Target | None, command: Sequence[str], is_raw: bool, is_nat: 
     return "tap:socket" if is_raw else "tap:vhost"
 
 
-def _read_network(network: str) -> Intent:
-    from vnet_lock.qemu_argv import read_argv
+def _read_network(pairs: Sequence[tuple[str, str]]) -> Intent:
+    from vnet_lock import qemu_argv
 
-    try:
-        return read_argv(["-netdev", network]).intents[0]
-    except BadInput as error:
-        raise BadInput(str(error).removeprefix(f"-netdev {network}: ")) from error
+    return qemu_argv.read_words(pairs)
 
 
 def _fits(backend: Backend, target: Target | None, is_raw: bool) -> bool:

@@ -12,7 +12,7 @@ from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import report, report_json
 from vnet_lock.front.command import printable
 from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, Pf, Resource
-from vnet_lock.request import Plan, RefusalKind, Request
+from vnet_lock.request import Intent, Plan, RefusalKind, Request
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
@@ -295,24 +295,20 @@ def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, t
         return _read_guest(settings, args.guest)
     if args.mode is None:
         raise BadInput("plan needs a GUEST.xml, or --mode and --dev; see: vnet-lock plan --help")
-    return None, read_words(args)
+    return None, (read_words(args),)
 
 
-def read_words(args: Namespace) -> tuple[Request, ...]:
+def read_words(args: Namespace) -> Intent:
     """As ``-netdev host`` takes them, so that both understand the same."""
-    from vnet_lock.qemu_argv import read_argv
+    from vnet_lock import qemu_argv
 
     pairs = [
-        f"{key}={value.replace(',', ',,')}"
+        (key, value)
         for key in _PLAN_WORDS
         if (given := getattr(args, key)) is not None
         for value in (given if isinstance(given, list) else [given])
     ]
-    network = ",".join(["host", "id=net0", *pairs])
-    try:
-        return read_argv(["-netdev", network]).intents
-    except BadInput as error:
-        raise BadInput(str(error).removeprefix(f"-netdev {network}: ")) from error
+    return qemu_argv.read_words(pairs)
 
 
 def read_file(path: str) -> bytes:
