@@ -61,6 +61,13 @@ def read_user_aliases(root: Element) -> frozenset[str]:
     return frozenset(filter(None, map(user_alias, root.iterfind("devices/interface"))))
 
 
+def read_networks(xml: bytes) -> dict[str, str]:
+    """The libvirt networks of which a guest's interfaces get what libvirt picks then, by the interface."""
+    keys = _Keys()
+    found = parse(xml).iterfind("devices/interface[@type='network']")
+    return {keys.name(element): attribute(element, "source", "network") for element in found}
+
+
 def read_opened(root: Element, policies: Mapping[str, Policy]) -> tuple[Fixed, ...]:
     """What libvirt itself opens for the guest of a <domain>; ``policies`` are those asked for, by alias.
 

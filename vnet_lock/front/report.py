@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from vnet_lock.audit import Audit, Finding, ResourceState, Severity, Standing
@@ -11,7 +11,7 @@ from vnet_lock.front.command import printable
 from vnet_lock.front.report_json import asked_text
 from vnet_lock.journal import to_json
 from vnet_lock.model import Claim, Pf, Resource, ResourceKind, Vf, name_of
-from vnet_lock.request import Plan, Refusal, Rejection
+from vnet_lock.request import Fixed, Plan, Refusal, Rejection, Request
 from vnet_lock.rules import since_text
 
 if TYPE_CHECKING:
@@ -69,13 +69,20 @@ def show_text(audit: Audit, resource: Resource, style: Style = PLAIN) -> str:
     return "\n".join(lines + _finding_lines(findings, style, gap=False))
 
 
-def plan_text(found: Plan | Refusal) -> str:
-    """What would be done: interface, combination, device; below it each candidate that was passed over."""
+def plan_text(
+    found: Plan | Refusal, requests: Iterable[Request] = (), networks: Mapping[str, str] | None = None
+) -> str:
+    """What would be done: interface, combination, device; below it each candidate that was passed over.
+
+    Of the ``requests`` and the interfaces in libvirt's ``networks`` those that take no claim now come last.
+    """
     if isinstance(found, Refusal):
         lines = [f"{found.request.interface}: {asked_text(found.request)}: refused"]
         return "\n".join(map(printable, [*lines, *_rejected_lines(found.rejected)]))
+    later = [*_unclaimed_lines(found, requests), *_network_lines(networks or {})]
     if not found.assignments:
-        return "nothing to claim: the guest has no interface that needs a device of ours"
+        nothing = "nothing to claim: the guest has no interface that needs a device of ours"
+        return "\n".join(map(printable, ["nothing to claim now", *later] if later else [nothing]))
     rows = [
         (
             one.request.interface,
@@ -93,7 +100,7 @@ def plan_text(found: Plan | Refusal) -> str:
             one = found.assignments[index - 1]
             lines += [f"  with {item.resource} ({item.mode})" for item in one.wanted[1:]]
             lines += _rejected_lines(one.rejected)
-    return "\n".join(map(printable, lines))
+    return "\n".join(map(printable, [*lines, *later]))
 
 
 def matrix_text(verdicts: Sequence[Verdict]) -> str:
@@ -297,6 +304,22 @@ def _value(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return str(value)
+
+
+def _unclaimed_lines(found: Plan, requests: Iterable[Request]) -> list[str]:
+    planned = [one.request for one in found.assignments]
+    return [
+        f"{one.interface}: there is no network device at {one.device} here, so nothing is claimed for it"
+        for one in requests
+        if isinstance(one, Fixed) and one not in planned
+    ]
+
+
+def _network_lines(networks: Mapping[str, str]) -> list[str]:
+    return [
+        f"{interface}: what libvirt picks of network {network!r} for it is claimed then"
+        for interface, network in networks.items()
+    ]
 
 
 def _rejected_lines(rejected: Iterable[Rejection]) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
@@ -16,7 +17,7 @@ from vnet_lock.request import Intent, Plan, RefusalKind, Request
 from vnet_lock.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vnet_lock.audit import Audit
     from vnet_lock.session import Healed
@@ -68,9 +69,12 @@ def plan(settings: Settings, args: Namespace) -> int:
     """What would be done; the exit code is that of a refusal."""
     from vnet_lock.session import Session
 
-    owner, requests = _read_requests(settings, args)
+    owner, requests, networks = _read_requests(settings, args)
     found = Session(settings).plan(requests, owner)
-    print(_dumps(report_json.plan_json(found)) if args.json else report.plan_text(found))
+    if args.json:
+        print(_dumps(report_json.plan_json(found)))
+    else:
+        print(report.plan_text(found, requests, networks))
     if isinstance(found, Plan):
         return 0
     if not args.json:
@@ -287,7 +291,10 @@ def _dumps(value: dict[str, Any]) -> str:
 # --- what is to be planned ------------------------------------------------------------------------
 
 
-def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, tuple[Request, ...]]:
+def _read_requests(
+    settings: Settings, args: Namespace
+) -> tuple[Owner | None, tuple[Request, ...], dict[str, str]]:
+    """Who wants what, and the networks of which libvirt will pick something for its interfaces."""
     words = [getattr(args, word) for word in _PLAN_WORDS]
     if args.guest is not None:
         if any(word is not None for word in words):
@@ -295,7 +302,7 @@ def _read_requests(settings: Settings, args: Namespace) -> tuple[Owner | None, t
         return _read_guest(settings, args.guest)
     if args.mode is None:
         raise BadInput("plan needs a GUEST.xml, or --mode and --dev; see: vnet-lock plan --help")
-    return None, (read_words(args),)
+    return None, (read_words(args),), {}
 
 
 def read_words(args: Namespace) -> Intent:
@@ -324,15 +331,24 @@ def read_file(path: str) -> bytes:
         raise BadInput(f"cannot read {path or repr(path)}: {error.strerror}; see: ls -l") from error
 
 
-def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...]]:
+@contextmanager
+def about_file(path: str) -> Iterator[None]:
+    """What makes no sense in a file is said with its name."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{path}: {error}") from error
+
+
+def _read_guest(settings: Settings, path: str) -> tuple[Owner | None, tuple[Request, ...], dict[str, str]]:
+    from vnet_lock.domain_devices import read_networks
     from vnet_lock.domain_xml import read_guest
     from vnet_lock.kernel.processes import read_boot_id
 
     xml = read_file(path)
-    try:
-        guest = read_guest(xml)
-    except BadInput as error:
-        raise BadInput(f"{path}: {error}") from error
+    with about_file(path):
+        guest, networks = read_guest(xml), read_networks(xml)
     if not guest.uuid:
-        return None, guest.requests
-    return Owner(OwnerKind.LIBVIRT, guest.name, read_boot_id(settings), uuid=guest.uuid), guest.requests
+        return None, guest.requests, networks
+    owner = Owner(OwnerKind.LIBVIRT, guest.name, read_boot_id(settings), uuid=guest.uuid)
+    return owner, guest.requests, networks
