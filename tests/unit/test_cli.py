@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.front.cli import main
 from vnet_lock.model import Claim, Mode, PciAddress, Resource, State
 
+XML = Path(__file__).parents[2] / "xml"
 PF = PciAddress.parse("0000:01:00.0")
 RUN = """
 import sys
@@ -363,7 +365,46 @@ def test_a_plan_of_nonsense_is_bad_input(run, words):
 def test_a_plan_without_a_device_is_refused_where_the_host_has_no_default(run):
     code, out, err = run("plan", "--mode", "veb")
     assert (code, out) == (2, "net0: veb: refused\n")
-    assert err.startswith("vnet-lock: net0: no device is named")
+    assert err.startswith("vnet-lock: net0: no device is named; name a network device")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--mode", "veb", "--port", "foo"), '--mode=veb has no port "foo"; one of'),
+        (("--mode", "veb", "--queues", "0"), '--queues="0" is not a number from 1'),
+        (("--mode", "veb", "--dev", "eth0", "--pool", "a"), "--dev= and --pool= exclude each other"),
+        (("--mode", "route", "--dev", "eth0"), "add --ip=192.0.2.7"),
+    ],
+)
+def test_what_is_wrong_with_an_option_is_said_of_the_option(run, words, said):
+    for verb in (("plan",), ("attach", "web1")):
+        code, _, err = run(*verb, *words)
+        assert (code, err.startswith(f"vnet-lock: {said}") or said in err) == (2, True), err
+        assert " port=" not in err
+
+
+def test_a_plan_names_what_is_claimed_later_or_not_at_all(run):
+    code, out, _ = run("plan", f"{XML}/network.xml")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "nothing to claim now",
+            "52:54:00:6b:04:01: what libvirt picks of network 'vfs-of-enp1s0' for it is claimed then",
+        ],
+    )
+    assert run("plan", f"{XML}/no-device.xml")[1].startswith("nothing to claim: the guest has no interface")
+
+
+def test_a_plan_names_host_devices_that_are_no_network_devices_here(tmp_path, capsys):
+    host = FakeHost(tmp_path / "empty")
+    host.add_process(os.getpid(), "pytest")
+    assert main(["plan", f"{XML}/hostdev-device.xml"], host.settings) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        lines[1] == "hostdev0: there is no network device at 0000:01:10.0 here, so nothing is claimed for it"
+    )
+    assert lines[2].startswith("hostdev1: ")
 
 
 def test_malformed_xml_is_bad_input(host, run, tmp_path):

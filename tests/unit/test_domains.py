@@ -489,7 +489,7 @@ def test_where_the_daemon_is_lost_the_claim_stays_with_the_guest(host, plug, gue
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("nobody",), 2, "nobody"),
+        (("nobody", *WORDS), 2, "nobody"),
         (("web1",), 2, "--mode and --dev"),
         (("web1", *WORDS, "--alias", "ua-net0"), 2, "has an interface ua-net0 already"),
         (("web1", *WORDS[:-1], "socket"), 5, "socket"),
@@ -516,6 +516,34 @@ def test_a_file_and_words_beside_it_are_refused(host, plug, guest, tmp_path, wor
     code, _, err = plug("attach", "web1", str(path), *words)
     assert (code, err) == (2, "vnet-lock: attach takes a FILE.xml, or --mode and --dev, not both\n")
     assert (len(guest.devices), claims(host)) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("start", "/nonexist.xml"), "cannot read /nonexist.xml: No such file or directory"),
+        (("start", "{bad}"), "{bad}: "),
+        (("define", "{bad}"), "{bad}: "),
+        (("resolve", "{bad}"), "{bad}: "),
+        (("attach", "web1", "/nonexist.xml"), "cannot read /nonexist.xml"),
+        (("attach", "web1", "{bad}"), "{bad}: "),
+        (("attach", "web1"), "attach needs a file, or --mode and --dev"),
+        (("attach", "web1", "--mode", "veb", "--port", "foo"), '--mode=veb has no port "foo"'),
+        (("attach", "web1", *WORDS[:-1], "tap", "--teaming", "ua-s"), "--teaming is for a VF"),
+    ],
+)
+def test_what_is_said_is_read_before_libvirt_is_asked(host, capsys, tmp_path, words, said):
+    bad = tmp_path / "bad.xml"
+    bad.write_text("<domain")
+    args = parser().parse_args([word.format(bad=bad) for word in words])
+
+    def connect(uri: str | None) -> Libvirt:
+        raise Disconnected(f"libvirt at {uri}: Failed to connect socket")
+
+    more = () if args.verb == "resolve" else (connect,)
+    perform = getattr(domains, args.verb)
+    assert serve("vnet-lock", lambda: perform(host.settings, args, *more)) == 2
+    assert capsys.readouterr().err.startswith(f"vnet-lock: {said.format(bad=bad)}")
 
 
 def test_nothing_is_attached_to_a_guest_that_does_not_run(plug, guest):

@@ -21,15 +21,15 @@ from vnet_lock.dataclass import replace
 from vnet_lock.domain_devices import Plugged, read_plugged
 from vnet_lock.domain_document import ALIAS, read_identity, read_text
 from vnet_lock.domain_rewrite import InterfaceForm, with_mac, with_uuid, write_interface
-from vnet_lock.domain_xml import read_guest
+from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
 from vnet_lock.front.libvirt_guest import find_tokens, read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one, planned_anew
 from vnet_lock.front.resolver import resolve as resolve_guest
-from vnet_lock.front.verbs import read_file, read_words
+from vnet_lock.front.verbs import about_file, read_file, read_words
 from vnet_lock.model import Owner, name_of
 from vnet_lock.ports.macvtap import random_mac
-from vnet_lock.request import Fixed
+from vnet_lock.request import Fixed, Intent
 from vnet_lock.resolving import made_late
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 def resolve(settings: Settings, args: Namespace) -> int:
     """Print the guest's XML with its interfaces in another form."""
-    xml = read_file(args.guest)
+    xml = _read_domain(args.guest)
     found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
     _remark(found)
     sys.stdout.buffer.write(found.xml)
@@ -52,7 +52,7 @@ def resolve(settings: Settings, args: Namespace) -> int:
 
 def define(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Define the guest as ``resolve`` writes it; a definition claims nothing."""
-    xml = read_file(args.guest)
+    xml = _read_domain(args.guest)
     with (connect or _connect)(args.connect) as libvirt:
         found = resolve_guest(Session(settings), xml, _owner_in(settings, xml), full=args.form == "full")
         with _naming(found.forms):
@@ -64,12 +64,13 @@ def define(settings: Settings, args: Namespace, connect: Connect | None = None) 
 
 def start(settings: Settings, args: Namespace, connect: Connect | None = None) -> int:
     """Start a guest, defined or of a file, with what is free now; its definition stays as it is."""
+    is_file = args.guest == "-" or args.guest.endswith(".xml") or "/" in args.guest
+    xml = _read_domain(args.guest) if is_file else b""
     with (connect or _connect)(args.connect) as libvirt:
-        is_file = args.guest == "-" or args.guest.endswith(".xml") or "/" in args.guest
         domain = None if is_file else libvirt.find(args.guest)
         if domain is not None:
             _require_startable(domain)
-        xml = domain.read_xml(inactive=True, secrets=True).encode() if domain else read_file(args.guest)
+            xml = domain.read_xml(inactive=True, secrets=True).encode()
         name, uuid = read_identity(xml)
         owner = _owner_of(settings, name, uuid or str(uuid4()))
         session = Session(settings)
@@ -91,6 +92,7 @@ def attach(settings: Settings, args: Namespace, connect: Connect | None = None) 
 
     if args.interface is not None and _has_words(args):
         raise BadInput("attach takes a FILE.xml, or --mode and --dev, not both")
+    wanted = _read_intent(args) if args.interface is None else _read_device_file(args.interface)
     with (connect or _connect)(args.connect) as libvirt:
         domain = libvirt.find(args.guest)
         if not domain.is_active:
@@ -99,10 +101,11 @@ def attach(settings: Settings, args: Namespace, connect: Connect | None = None) 
             )
         owner = _owner_of(settings, domain.name, domain.uuid)
         session = Session(settings)
-        if args.interface is not None:
-            alias, xml, grants = _claim_file(session, read_file(args.interface), owner)
+        if isinstance(wanted, Intent):
+            alias, xml, grants = _claim_words(session, wanted, args, domain, owner)
         else:
-            alias, xml, grants = _claim_words(session, args, domain, owner)
+            alias, xml = wanted
+            grants = session.acquire(owner, _read_device(xml), beside=True)
         session.activate(grants)
         with _given_back(session, grants), _about_interface(alias):
             domain.attach(xml)
@@ -145,6 +148,43 @@ def detach(settings: Settings, args: Namespace, connect: Connect | None = None) 
     return 0
 
 
+# --- what is wanted -------------------------------------------------------------------------------
+
+
+def _read_domain(path: str) -> bytes:
+    """The guest of a file; BadInput where it can't be read, or makes no sense."""
+    xml = read_file(path)
+    with about_file(path):
+        read_wishes(xml)
+    return xml
+
+
+def _read_device_file(path: str) -> tuple[str, str]:
+    """The key and the XML of the one device that a file has; BadInput where it has another number of them."""
+    xml = read_file(path)
+    with about_file(path):
+        # By its MAC it is found again when it is unplugged, and libvirt would make up another.
+        text = read_text(with_mac(xml, random_mac()))
+        if text.lstrip().startswith("<?xml"):
+            text = text.partition("?>")[2]
+        plugged = read_plugged(_as_guest(text))
+        if len(plugged) != 1:
+            raise BadInput("it has no single <interface> or <hostdev>; see: virsh help attach-device")
+    return plugged[0].key, text
+
+
+def _read_intent(args: Namespace) -> Intent:
+    """What the words of attach ask for; BadInput where they make no sense."""
+    if args.mode is None:
+        raise BadInput("attach needs a file, or --mode and --dev; see: vnet-lock attach --help")
+    intent = read_words(args)
+    if args.teaming and (intent.backends != (Backend.VFIO,) or args.form == "late"):
+        raise BadInput("--teaming is for a VF that the guest has itself: add --protocols=vfio")
+    if args.teaming and intent.mac:
+        raise BadInput("teamed with another interface it has the same MAC address; leave --mac out")
+    return intent
+
+
 # --- claims ---------------------------------------------------------------------------------------
 
 
@@ -161,18 +201,6 @@ def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[R
     return planned_anew(take)
 
 
-def _claim_file(session: Session, xml: bytes, owner: Owner) -> tuple[str, str, tuple[Grant, ...]]:
-    """Claim what a device that is written already names; its key, its XML, and what was claimed."""
-    # By its MAC it is found again when it is unplugged, and libvirt would make up another.
-    text = read_text(with_mac(xml, random_mac()))
-    if text.lstrip().startswith("<?xml"):
-        text = text.partition("?>")[2]
-    plugged = read_plugged(_as_guest(text))
-    if len(plugged) != 1:
-        raise BadInput("the file has no single <interface> or <hostdev>; see: virsh help attach-device")
-    return plugged[0].key, text, session.acquire(owner, _read_device(text), beside=True)
-
-
 def _read_device(xml: str) -> list[Fixed]:
     """What a device that is plugged in takes."""
     return [one for one in read_guest(_as_guest(xml)).requests if isinstance(one, Fixed)]
@@ -183,24 +211,17 @@ def _as_guest(device: str) -> bytes:
 
 
 def _claim_words(
-    session: Session, args: Namespace, domain: Domain, owner: Owner
+    session: Session, intent: Intent, args: Namespace, domain: Domain, owner: Owner
 ) -> tuple[str, str, tuple[Grant, ...]]:
     """Choose what the words ask for, and claim it; the alias, its XML, and what was claimed."""
-    if args.mode is None:
-        raise BadInput("attach needs a file, or --mode and --dev; see: vnet-lock attach --help")
     there = {one.alias for one in _plugged(domain)}
     alias = args.alias or next(
         name for number in range(len(there) + 1) if (name := f"ua-net{number}") not in there
     )
     if alias in there:
         raise BadInput(f'guest "{domain.name}" has an interface {alias} already; choose another --alias')
-    intent = read_words(args)
-    if args.teaming and intent.mac:
-        raise BadInput("teamed with another interface it has the same MAC address; leave --mac out")
     mac = _mac_of(domain, args.teaming) if args.teaming else intent.mac or random_mac()
     intent = replace(intent, interface=alias, mac=mac, teaming=args.teaming or "")
-    if intent.teaming and (intent.backends != (Backend.VFIO,) or args.form == "late"):
-        raise BadInput("--teaming is for a VF that the guest has itself: add --protocols=vfio")
 
     def take() -> tuple[str, str, tuple[Grant, ...]]:
         form = "" if args.form == "late" else choose_one(session, intent, owner)
