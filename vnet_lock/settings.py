@@ -77,6 +77,11 @@ class Settings:
         return self.run + "/reap.lock"
 
     @property
+    def watch_lock_path(self) -> str:
+        """The lock of the one process that watches libvirt's guests on this host."""
+        return self.run + "/watch.lock"
+
+    @property
     def hooks_lock_path(self) -> str:
         """The lock of the one process that serves the hooks of this host."""
         return self.run + "/hooks.lock"

@@ -1,5 +1,7 @@
 """What watch does when guests get devices, and lose them, without any hook being asked."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from tests.unit.test_hook import UUIDS, VF0, VF1, guest
 from tests.unit.test_network_hook import host, plug_of, told_of
 from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable
-from vnet_lock.errors import BadInput
+from vnet_lock.errors import BadInput, Refused
 from vnet_lock.front.libvirt_client.events import Event, Happened
 from vnet_lock.front.libvirt_guest import address_words, read_owner
 from vnet_lock.front.network_hook import perform
@@ -206,10 +208,44 @@ def test_a_guest_that_nobody_can_read_disturbs_no_other(
     assert 'guest "a": ' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("uri", ["qemu+ssh://elsewhere/system", "qemu:///session", "test:///default"])
+@pytest.mark.parametrize(
+    "uri", ["qemu+ssh://elsewhere/system", "qemu+ssh:///system", "qemu:///session", "test:///default"]
+)
 def test_only_this_hosts_own_guests_are_watched(host: FakeHost, uri: str) -> None:
     with pytest.raises(BadInput, match="watch qemu:///system"):
         follow(host.settings, Session(host.settings), uri)
+
+
+def test_the_environment_names_the_daemon_as_for_all_verbs(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIBVIRT_DEFAULT_URI", "qemu:///session")
+    with pytest.raises(
+        BadInput, match=r"^qemu:///session of LIBVIRT_DEFAULT_URI .*; watch -c qemu:///system$"
+    ):
+        follow(host.settings, Session(host.settings), None)
+
+
+HOLD = """
+import sys
+from vnet_lock.front import resident
+from vnet_lock.settings import Settings
+settings = Settings.under(sys.argv[1])
+with resident.alone(settings, settings.watch_lock_path, "vnet-lock watch"):
+    print("alone", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("uri", [None, "qemu:///system"])
+def test_there_is_one_for_a_host(host: FakeHost, uri: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LIBVIRT_DEFAULT_URI", raising=False)
+    command = [sys.executable, "-c", HOLD, str(host.root)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout
+        first.stdout.readline()
+        with pytest.raises(Refused, match="vnet-lock watch runs already: "):
+            follow(host.settings, Session(host.settings), uri)
 
 
 def test_a_guest_that_ends_while_it_is_looked_at_keeps_nothing(host: FakeHost, watch: Watch) -> None:

@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--follow", action="store_true", help="go on until SIGTERM: one process for a host")
 
     verb = add("watch", "claim what libvirt's guests get by a hot-plug, and say conflicts, until SIGTERM")
-    verb.add_argument("-c", "--connect", metavar="URI", help="libvirt's daemon (default: qemu:///system)")
+    _add_connect(verb)
 
     verb = add("vfs", "show or change the number of a PF's VFs; refused while one of them is in use")
     verb.add_argument("pf", metavar="PF", help="its name or PCI address")
@@ -163,7 +163,12 @@ def _add_form(verb: argparse.ArgumentParser, default: str | None = "full") -> No
 
 
 def _add_connect(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("-c", "--connect", metavar="URI", help="libvirt's daemon (default: qemu:///system)")
+    verb.add_argument(
+        "-c",
+        "--connect",
+        metavar="URI",
+        help="libvirt's daemon (default: that of LIBVIRT_DEFAULT_URI, else qemu:///system)",
+    )
 
 
 def _add_plan_arguments(verb: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 from uuid import uuid4
 
 from vnet_lock.combination import Backend
@@ -23,7 +22,7 @@ from vnet_lock.domain_document import ALIAS, read_identity, read_text
 from vnet_lock.domain_rewrite import InterfaceForm, with_mac, with_uuid, write_interface
 from vnet_lock.domain_xml import read_guest, read_wishes
 from vnet_lock.errors import BadInput, Unsupported, Vanished, VnetLockError
-from vnet_lock.front.libvirt_guest import find_tokens, read_daemon, read_owner
+from vnet_lock.front.libvirt_guest import find_tokens, is_own_daemon, read_daemon, read_owner
 from vnet_lock.front.resolver import Resolved, choose_one, planned_anew
 from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import about_file, read_file, read_words
@@ -313,9 +312,7 @@ def _connect(uri: str | None) -> Libvirt:
     from vnet_lock.front.libvirt_client.connection import Libvirt
 
     libvirt = Libvirt(uri)
-    parts = urlsplit(libvirt.uri)
-    is_local = not parts.netloc and parts.scheme.partition("+")[2] in ("", "unix")
-    if parts.scheme.startswith("qemu") and (not is_local or parts.path != "/system"):
+    if libvirt.uri.startswith("qemu") and not is_own_daemon(libvirt.uri):
         libvirt.close()
         raise Unsupported(f"{libvirt.uri}: only this host's own system daemon takes what is claimed here")
     return libvirt

@@ -13,6 +13,15 @@ from vnet_lock.settings import Settings
 _INIT_PID = 1
 
 
+def is_own_daemon(uri: str) -> bool:
+    """Whether a libvirt URI is of this host's own system daemon; other daemons' guests claim nothing here."""
+    from urllib.parse import urlsplit  # 5 ms, and no hook asks
+
+    parts = urlsplit(uri)
+    is_local = not parts.netloc and parts.scheme.partition("+")[2] in ("", "unix")
+    return is_local and parts.path == "/system"
+
+
 def read_owner(settings: Settings, name: str, uuid: str, daemon_pid: int | None = None) -> Owner:
     """The guest as owner: the daemon while it starts, and QEMU by the lock on its pid file afterwards.
 

@@ -6,12 +6,12 @@ one process for a host, in addition to the hooks: what they claimed it finds cla
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from vnet_lock.claims import ClaimTable
 from vnet_lock.dataclass import dataclass
@@ -19,12 +19,13 @@ from vnet_lock.domain_devices import read_user_aliases
 from vnet_lock.domain_document import parse
 from vnet_lock.domain_xml import read_fixed
 from vnet_lock.errors import BadInput, VnetLockError
+from vnet_lock.front import resident
 from vnet_lock.front.command import print_error
 from vnet_lock.front.libvirt_client.connection import DEFAULT_URI, Libvirt
 from vnet_lock.front.libvirt_client.domain import Domain
 from vnet_lock.front.libvirt_client.errors import Disconnected
 from vnet_lock.front.libvirt_client.events import Happened
-from vnet_lock.front.libvirt_guest import find_tokens, read_owner
+from vnet_lock.front.libvirt_guest import find_tokens, is_own_daemon, read_owner
 from vnet_lock.front.pool_ports import PoolPorts
 from vnet_lock.model import Owner, PciAddress
 from vnet_lock.request import Fixed, Request
@@ -65,14 +66,15 @@ class Seen:
 def follow(settings: Settings, session: WatchSession, uri: str | None) -> int:
     """Watch until SIGTERM or SIGINT; 0 then. A daemon that is away is waited for.
 
-    BadInput where it isn't the daemon of this host's own guests.
+    BadInput where it isn't the daemon of this host's own guests, Refused where another watches already.
     """
-    uri = uri or DEFAULT_URI
-    if urlsplit(uri).netloc or urlsplit(uri).path != "/system":
-        raise BadInput(f"{uri} has guests that aren't root's on this host; watch {DEFAULT_URI}")
+    uri = _choose_uri(uri)
     watch = Watch(settings, session)
     was_there = True
-    with _told_to_end(watch):
+    with session.table.guarded():
+        pass  # its directory is there then, for the lock
+    alone = resident.alone(settings, settings.watch_lock_path, "vnet-lock watch")
+    with alone, _told_to_end(watch):
         while not watch.is_over:
             try:
                 with Libvirt(uri) as libvirt:
@@ -84,6 +86,17 @@ def follow(settings: Settings, session: WatchSession, uri: str | None) -> int:
                 was_there = False
                 time.sleep(_RETRY_S)
     return 0
+
+
+def _choose_uri(uri: str | None) -> str:
+    """The daemon that is named, as of all verbs; BadInput where its guests aren't root's on this host."""
+    chosen = uri or os.environ.get("LIBVIRT_DEFAULT_URI") or DEFAULT_URI
+    if not is_own_daemon(chosen):
+        whose, word = ("", "") if uri else (" of LIBVIRT_DEFAULT_URI", "-c ")
+        raise BadInput(
+            f"{chosen}{whose} has guests that aren't root's on this host; watch {word}{DEFAULT_URI}"
+        )
+    return chosen
 
 
 class Watch:
