@@ -95,3 +95,15 @@ def test_what_makes_no_sense_is_one_line(
     assert main(words, host.settings) == BadInput.exit_code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("vnet-lock-ifup: ")
+
+
+@pytest.mark.parametrize(
+    ("word", "begin"), [("--help", "usage: vnet-lock-ifup "), ("--version", "vnet-lock-ifup ")]
+)
+def test_it_says_what_it_is_where_no_device_is_called_so(
+    host: FakeHost, word: str, begin: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word], host.settings) == 0
+    assert capsys.readouterr().out.startswith(begin)
+    host.add_link(word, ["enp1s0v0"], uevent="macvtap", alias=f"vnet-lock:{TOKEN}")
+    assert main([word], host.settings) == Refused.exit_code

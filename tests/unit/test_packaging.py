@@ -19,7 +19,7 @@ from vnet_lock.audit import Severity, Standing
 from vnet_lock.backends import Connection
 from vnet_lock.combination import COMBINATIONS, Combination, Policy
 from vnet_lock.errors import BadInput, Refused, Unsupported, VnetLockError
-from vnet_lock.front import doctor, helper, helper_message, helper_words
+from vnet_lock.front import doctor, helper, helper_message, helper_words, ifup, wrapper
 from vnet_lock.front.cli import main
 from vnet_lock.front.doctor import Health
 from vnet_lock.front.report_json import matrix_json
@@ -260,3 +260,12 @@ def test_a_service_is_one_that_systemd_understands_and_runs_a_command_of_ours(se
         ["systemd-analyze", "verify", "--man=no", unit], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_each_program_says_of_itself_is_whole(capsys):
+    for show in (helper.main, wrapper.main, ifup.main):
+        assert show(["--help"]) == 0
+        assert "Exit status: " in capsys.readouterr().out
+    wrapper.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"{key}=" in shown for key in helper_words.KEYS)

@@ -470,9 +470,11 @@ def test_print_raises_what_running_would(kind, error):
         show(Planner(refusal), *HOST)
 
 
-@pytest.mark.parametrize("words", [["guest.xml", "-m", "64"], ["--name", "a", "dir/guest.xml"]])
+@pytest.mark.parametrize(
+    "words", [["guest.xml", "-m", "64"], ["--name", "a", "dir/guest.xml"], ["guest.xml", "--print"]]
+)
 def test_a_libvirt_guest_stands_alone(words):
-    with pytest.raises(BadInput, match="says all of its guest"):
+    with pytest.raises(BadInput, match="our options stand before it, and no QEMU arguments beside it"):
         wrapper.parse(words)
 
 

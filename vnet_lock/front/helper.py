@@ -54,6 +54,9 @@ Anything but 0 means that there are none.
   --exec -- COMMAND    in its words {fd} and {vhostfd} become numbers of descriptors, or {fd0}, {fd1} … of
                        each queue, or {fds} and {vhostfds} of all, joined by colons; {ifname}, {mac}, {path}
   --help, --version
+
+Exit status: 0 the descriptors were sent, or COMMAND's own; 1 failed, 2 bad usage or input, 4 refused: held by
+another, 5 this host can't do it.
 """
 # Where the link is a plain tap; of a macvtap the kernel knows no such thing.
 _PORTS_OF_TAPS = (Port.BRIDGE, Port.NONE)

@@ -24,6 +24,17 @@ from vnet_lock.rules import conflict, holder_text
 from vnet_lock.settings import DEFAULT, Settings
 from vnet_lock.situation import nic_wanted
 
+_USAGE = """\
+usage: vnet-lock-ifup DEVICE
+
+What libvirt runs as <script path='…'/> of an ethernet interface: may a guest have this tap or macvtap? It
+claims nothing.
+
+  --help, --version
+
+Exit status: 0 the guest may have it, 1 failed, 2 bad usage or input, 4 refused: held by another.
+"""
+
 
 def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int:
     """Check one device and return the exit code: 0 where the guest may have it."""
@@ -31,11 +42,28 @@ def main(argv: Sequence[str] | None = None, settings: Settings = DEFAULT) -> int
     def run() -> int:
         words = list(sys.argv[1:] if argv is None else argv)
         if len(words) != 1:
-            raise BadInput("libvirt gives it one word, the name of a network device: <script path='…'/>")
-        check(settings, words[0], os.getppid())
+            raise BadInput(
+                "libvirt gives it one word, the name of a network device: <script path='…'/>;"
+                " see: vnet-lock-ifup --help"
+            )
+        if not _is_told(settings, words[0]):
+            check(settings, words[0], os.getppid())
         return 0
 
     return serve("vnet-lock-ifup", run)
+
+
+def _is_told(settings: Settings, word: str) -> bool:
+    """Whether we were asked about ourselves: a device may be called so, and 0 would let a guest have it."""
+    if word not in ("--help", "-h", "--version") or os.path.lexists(f"{settings.sys}/class/net/{word}"):
+        return False
+    if word == "--version":
+        from importlib.metadata import version  # 40 ms
+
+        print(f"vnet-lock-ifup {version('vnet-lock')}")
+    else:
+        print(_USAGE, end="")
+    return True
 
 
 def check(settings: Settings, netdev: str, opener: int) -> None:

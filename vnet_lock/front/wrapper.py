@@ -37,6 +37,7 @@ Runs QEMU with its host networks opened, and claimed for as long as it runs:
 
   mode=veb|vepa|private|nat|route    who may talk to whom (bridge is another word for veb)
   dev=DEVICE                         a network device or a PCI address; several dev= are tried in their order
+  pool=NAME                          in the place of dev=: VFs of this pool of vnet-lock.toml(5)
   port=sriov|macvlan|bridge|...      what the guest's port is; the best of what mode allows, if not given
   protocols=A:B:...                  how QEMU is connected: tap, socket (both also with vhost), vfio, user
   ip=ADDRESS                         for mode=route: the guest's own address; several ip= for several of them
@@ -203,7 +204,10 @@ def parse(args: Sequence[str]) -> Command:
     if not rest:
         raise BadInput("what is to be run? See: vnet-qemu --help")
     if rest[0].endswith(".xml") and (name or rest[1:]):
-        raise BadInput(f"{rest[0]} says all of its guest, its name too; see: vnet-qemu --help")
+        raise BadInput(
+            f"{rest[0]} says all of its guest, its name too: our options stand before it, and no QEMU"
+            " arguments beside it; see: vnet-qemu --help"
+        )
     program = _default_program() if rest[0].startswith("-") else rest.pop(0)
     return Command(program, tuple(rest), name, print_only)
 
