@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -497,6 +498,19 @@ def test_hooks_are_installed_looked_at_and_removed(host, run):
     assert run("hooks", "remove")[0] == 0
     assert run("hooks", "remove")[0] == 0
     assert run("hooks", "status")[0] == 1
+
+
+@pytest.mark.parametrize("words", [("serve", "x"), ("x",), ()])
+def test_what_hooks_does_not_know_is_told_with_its_own_usage(run, words):
+    code, out, err = run("hooks", *words)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"usage: vnet-lock hooks {'serve ' if 'serve' in words else ''}[-h]")
+
+
+def test_each_word_of_hooks_is_explained(run):
+    out = run("hooks", "--help")[1]
+    for word in ("install", "remove", "status", "serve"):
+        assert re.search(rf"^    {word} +[a-z]", out, re.MULTILINE)
 
 
 # --- odd surroundings ------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import argparse  # 10 ms; no hook loads this module
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vnet_lock.combination import Policy, Port
 from vnet_lock.front.command import serve
@@ -43,7 +43,51 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     add = _Verbs(parser)
+    _add_looks(add)
+    _add_claims(add)
+    _add_healing(add)
+    _add_libvirt_verbs(add)
+    _add_hooks(add)
+    return parser
 
+
+class _Parser(argparse.ArgumentParser):
+    """Tells us when its help could not be written, and a verb's usage to who gave it a word too many.
+
+    argparse itself passes over the one, and shows the whole command's usage in the place of the other.
+    """
+
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
+        print(self.format_help(), end="", file=file)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+
+class _Verbs:
+    """Adds verbs to the parser; each one's function is verbs.VERB. Which one it is stands in ``dest``."""
+
+    def __init__(self, parser: argparse.ArgumentParser, dest: str = "verb", metavar: str = "COMMAND") -> None:
+        self._verbs = parser.add_subparsers(title="commands", dest=dest, required=True, metavar=metavar)
+
+    def __call__(self, name: str, text: str) -> argparse.ArgumentParser:
+        return self._verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+
+class _Version(argparse.Action):
+    """Reads the version only when it is asked for: importlib.metadata costs 20 ms."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from importlib.metadata import version
+
+        print(f"vnet-lock {version('vnet-lock')}")
+        parser.exit()
+
+
+def _add_looks(add: _Verbs) -> None:
     verb = add("status", "PFs, VFs, their owners, and what is wrong")
     verb.add_argument("devices", nargs="*", metavar="PF", help="only these (names or PCI addresses)")
     _add_json(verb)
@@ -59,6 +103,8 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--dev", action="append", help="only on this device; again for more")
     _add_json(verb)
 
+
+def _add_claims(add: _Verbs) -> None:
     verb = add("claim", "claim a resource for a process, for as long as it lives")
     _add_resource(verb)
     verb.add_argument("--pid", type=_positive, required=True, help="the process that uses it")
@@ -67,8 +113,14 @@ def parser() -> argparse.ArgumentParser:
 
     verb = add("release", "give back what is claimed on a resource, and undo what was changed for it")
     _add_resource(verb)
-    verb.add_argument("--force", action="store_true", help="even if its owner lives")
+    verb.add_argument(
+        "--force",
+        action="store_true",
+        help="even a guest's that may still live; a claim made by hand needs no --force",
+    )
 
+
+def _add_healing(add: _Verbs) -> None:
     verb = add("gc", "heal claims whose owner is proven dead")
     verb.add_argument("--dry-run", action="store_true", help="only say which")
     _add_json(verb)
@@ -86,38 +138,16 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("pf", metavar="PF", help="its name or PCI address")
     verb.add_argument("count", metavar="N", nargs="?", type=_natural, help="the new number (sriov_numvfs)")
 
-    _add_libvirt_verbs(add)
 
+def _add_hooks(add: _Verbs) -> None:
     verb = add("hooks", "libvirt's hooks: put ours there, take them away, look, or be ready to answer them")
-    verb.add_argument("action", choices=("install", "remove", "status", "serve"))
-    return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    """Tells us when its help could not be written; argparse itself passes over that."""
-
-    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
-        print(self.format_help(), end="", file=file)
-
-
-class _Verbs:
-    """Adds verbs to the parser; each one's function is verbs.VERB."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._verbs = parser.add_subparsers(title="commands", dest="verb", required=True, metavar="COMMAND")
-
-    def __call__(self, name: str, text: str) -> argparse.ArgumentParser:
-        return self._verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
-
-
-class _Version(argparse.Action):
-    """Reads the version only when it is asked for: importlib.metadata costs 20 ms."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from importlib.metadata import version
-
-        print(f"vnet-lock {version('vnet-lock')}")
-        parser.exit()
+    action = _Verbs(verb, "action", "ACTION")
+    action("install", "put our files among libvirt's hooks, or this version's in the place of an older one's")
+    action("remove", "take our files away again; others' stay")
+    action("status", "what stands at each file's place; 1 where one isn't there, or isn't of this version")
+    action(
+        "serve", "be ready to answer libvirt's calls, which is faster, until SIGTERM: one process for a host"
+    )
 
 
 def _add_libvirt_verbs(add: _Verbs) -> None:
