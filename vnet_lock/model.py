@@ -235,6 +235,10 @@ class Reservation:
     until_s: float
 
 
+# What stands in the place of an interface in a claim that a person made.
+BY_HAND = "claim"
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """One record of the claim table.

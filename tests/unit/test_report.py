@@ -73,6 +73,7 @@ def busy(tmp_path) -> Audit:
         _claim(host, Resource.vf(vfs[5]), 78, 4, name="dpdk"),
         _claim(host, Resource.pf(PF), 80, 5, name="lan1", mode=Mode.SHARED, combination="vepa-macvlan-tap"),
         _claim(host, Resource.nic("bond0"), 80, 6, name="lan1", mode=Mode.SHARED),
+        _claim(host, Resource.ip("192.0.2.7"), 80, 7, name="lan1", combination="route-none-tap"),
     )
     inventory = read_inventory(host.settings)
     return audit(host.settings, inventory, ClaimTable(host.settings).read())
@@ -107,16 +108,20 @@ def test_status_as_json_keeps_its_contract(busy):
 
 def test_status_json_has_the_keys_of_the_contract_and_no_others(busy):
     found = status_json(busy, "box", "boot")
-    assert set(found) == {"version", "host", "pfs", "nics", "findings"}
+    assert set(found) == {"version", "host", "pfs", "nics", "addresses", "findings"}
     assert set(found["host"]) == {"hostname", "boot_id"}
     pf = found["pfs"][0]
-    assert set(pf) == {"pci", "netdev", "driver", "eswitch", "numvfs", "totalvfs", "claims", "vfs"}
+    more = {"state", "claims", "users", "vfs"}
+    assert set(pf) == {"pci", "netdev", "driver", "eswitch", "numvfs", "totalvfs"} | more
+    assert (pf["state"], pf["users"]) == ("active", [])
     vf = pf["vfs"][1]
     assert set(vf) == {"index", "pci", "netdev", "driver", "iommu_group", "state", "claim", "users"}
     assert set(vf["claim"]) == {"resource", "mode", "state", "owner", "combination", "since"}
     assert set(vf["claim"]["owner"]) == {"kind", "name", "uuid", "pid"}
     assert set(vf["users"][0]) == {"pid", "command", "how"}
-    assert set(found["nics"][0]) == {"netdev", "pci", "claims", "users"}
+    assert set(found["nics"][0]) == {"netdev", "pci", "state", "claims", "users"}
+    assert found["nics"][0]["state"] == "active"
+    assert set(found["addresses"][0]) == {"address", "claims"}
     assert set(found["findings"][0]) == {"severity", "kind", "resource", "message"}
 
 

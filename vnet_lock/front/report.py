@@ -10,7 +10,7 @@ from vnet_lock.dataclass import dataclass
 from vnet_lock.front.command import printable
 from vnet_lock.front.report_json import asked_text
 from vnet_lock.journal import to_json
-from vnet_lock.model import Claim, Pf, Resource, ResourceKind, Vf, name_of
+from vnet_lock.model import BY_HAND, Claim, Mode, Nic, Pf, Resource, ResourceKind, Vf, name_of
 from vnet_lock.request import Fixed, Plan, Refusal, Rejection, Request
 from vnet_lock.rules import since_text
 
@@ -43,7 +43,7 @@ PLAIN = Style()
 
 def status_text(audit: Audit, style: Style = PLAIN) -> str:
     """The host as a tree, then the findings, each with its next step."""
-    blocks = [*(_pf_block(audit, pf) for pf in audit.inventory.pfs), *_nic_blocks(audit)]
+    blocks = [*(_pf_block(audit, pf) for pf in audit.inventory.pfs), *_claimed_blocks(audit)]
     rows = [row for _, rows in blocks for row in rows]
     widths = _fit(rows, style)
     lines: list[str] = []
@@ -215,13 +215,31 @@ def _pf_block(audit: Audit, pf: Pf) -> tuple[str, list[_Row]]:
     return "  ".join([*words, *([pf.eswitch] if pf.eswitch else [])]), _rows(audit, branches)
 
 
-def _nic_blocks(audit: Audit) -> Iterator[tuple[str, list[_Row]]]:
-    """Devices without a PCI function, where they are claimed."""
-    for resource, state in audit.states.items():
-        if resource.kind is ResourceKind.NIC and state.claims:
-            branches = [_Branch(claim.mode.value, None, state, claim) for claim in state.claims]
-            nic = audit.inventory.nic_named(resource.name)
-            yield f"{resource.name}  {nic.kind if nic else '(not here)'}", _rows(audit, branches)
+def _claimed_blocks(audit: Audit) -> Iterator[tuple[str, list[_Row]]]:
+    """Devices without a PCI function, then IP addresses, where they are claimed."""
+    for kind in (ResourceKind.NIC, ResourceKind.IP):
+        for resource, state in audit.states.items():
+            if resource.kind is kind and state.claims:
+                branches = [_Branch(_mode_text(claim), None, state, claim) for claim in state.claims]
+                yield f"{resource.name}  {_what_it_is(audit, resource)}", _rows(audit, branches)
+
+
+def _mode_text(claim: Claim) -> str:
+    """How a row of it begins; of an address, which is hardly ever shared, in fewer columns."""
+    is_plain = claim.resource.kind is ResourceKind.IP and claim.mode is Mode.EXCLUSIVE
+    return "held" if is_plain else claim.mode.value
+
+
+def _what_it_is(audit: Audit, resource: Resource) -> str:
+    if resource.kind is ResourceKind.IP:
+        return "IP address"
+    nic = audit.inventory.nic_named(resource.name)
+    return _kind_text(nic) if nic else "(not here)"
+
+
+def _kind_text(nic: Nic) -> str:
+    """What a network device is; of a veth, dummy or wireguard sysfs doesn't tell."""
+    return "network device" if nic.kind == "other" else nic.kind
 
 
 def _rows(audit: Audit, branches: Sequence[_Branch]) -> list[_Row]:
@@ -279,15 +297,17 @@ def _device_lines(audit: Audit, resource: Resource) -> Iterator[str]:
         if audit.state_of(resource).standing is Standing.LEFT:
             yield "left to the host by its configuration"
     elif nic:
-        yield f"{nic.kind}, {nic.mac}, {'up' if nic.up else 'down'}"
+        yield ", ".join(word for word in (_kind_text(nic), nic.mac, "up" if nic.up else "down") if word)
     elif resource.kind is ResourceKind.IP:
-        yield "an address of a routed guest"
+        by_hand = any(map(_is_by_hand, audit.state_of(resource).claims))
+        yield "an IP address" if by_hand else "an address of a routed guest"
     else:
         yield "there is no such device here"
 
 
 def _claim_lines(claim: Claim) -> Iterator[str]:
-    yield f"for {claim.interface}" + (f" as {claim.combination}" if claim.combination else "")
+    if not _is_by_hand(claim):
+        yield f"for {claim.interface}" + (f" as {claim.combination}" if claim.combination else "")
     if claim.owner.uuid:
         yield f"uuid {claim.owner.uuid}"
     if claim.mac:
@@ -298,6 +318,10 @@ def _claim_lines(claim: Claim) -> Iterator[str]:
         kind = known.pop("kind")
         words = " ".join(f"{key}={_value(value)}" for key, value in known.items() if value is not None)
         yield f"to undo: {kind} {words}"
+
+
+def _is_by_hand(claim: Claim) -> bool:
+    return claim.interface == BY_HAND and not claim.combination
 
 
 def _value(value: object) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vnet_lock.audit import Audit, Finding
 from vnet_lock.journal import to_json
-from vnet_lock.model import Claim, Resource, User, Vf
+from vnet_lock.model import Claim, Resource, ResourceKind, Vf
 from vnet_lock.request import Assignment, Intent, Plan, Refusal, Rejection, Request
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def status_json(audit: Audit, hostname: str, boot_id: str) -> dict[str, Any]:
                 "eswitch": pf.eswitch,
                 "numvfs": pf.numvfs,
                 "totalvfs": pf.totalvfs,
+                "state": audit.state_of(pf.resource).standing.value,
                 "claims": _claims(audit, pf.resource),
+                "users": _users(audit, pf.resource),
                 "vfs": [_vf(audit, vf) for vf in pf.vfs],
             }
             for pf in audit.inventory.pfs
@@ -42,12 +44,18 @@ def status_json(audit: Audit, hostname: str, boot_id: str) -> dict[str, Any]:
             {
                 "netdev": nic.netdev,
                 "pci": nic.pci.text if nic.pci else None,
+                "state": audit.state_of(resource).standing.value,
                 "claims": _claims(audit, resource),
-                "users": [_user(user) for user in audit.state_of(resource).users],
+                "users": _users(audit, resource),
             }
             for nic in audit.inventory.nics
             if nic.pci not in functions
             for resource in (Resource.pf(nic.pci) if nic.pci else Resource.nic(nic.netdev),)
+        ],
+        "addresses": [
+            {"address": resource.name, "claims": _claims(audit, resource)}
+            for resource, state in audit.states.items()
+            if resource.kind is ResourceKind.IP and state.claims
         ],
         "findings": [finding_json(finding) for finding in audit.findings],
     }
@@ -71,7 +79,7 @@ def show_json(audit: Audit, resource: Resource) -> dict[str, Any]:
             }
             for claim in state.claims
         ],
-        "users": [_user(user) for user in state.users],
+        "users": _users(audit, resource),
         "findings": [finding_json(found) for found in audit.findings if found.resource == resource.text],
     }
 
@@ -186,7 +194,7 @@ def _vf(audit: Audit, vf: Vf) -> dict[str, Any]:
         "iommu_group": vf.iommu_group,
         "state": state.standing.value,
         "claim": claim_json(audit, state.claims[0]) if state.claims else None,
-        "users": [_user(user) for user in state.users],
+        "users": _users(audit, vf.resource),
     }
 
 
@@ -194,8 +202,9 @@ def _claims(audit: Audit, resource: Resource) -> list[dict[str, Any]]:
     return [claim_json(audit, claim) for claim in audit.state_of(resource).claims]
 
 
-def _user(user: User) -> dict[str, Any]:
-    return {"pid": user.pid, "command": user.command, "how": user.how}
+def _users(audit: Audit, resource: Resource) -> list[dict[str, Any]]:
+    users = audit.state_of(resource).users
+    return [{"pid": user.pid, "command": user.command, "how": user.how} for user in users]
 
 
 def _assignment(one: Assignment) -> dict[str, Any]:
