@@ -9,6 +9,7 @@ from vnet_lock.kernel.liveness import Liveness
 from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import pf_lock
 from vnet_lock.model import (
+    BY_HAND,
     Claim,
     Inventory,
     Mode,
@@ -24,16 +25,20 @@ from vnet_lock.model import (
 from vnet_lock.request import Assignment, Fixed, Form
 from vnet_lock.rules import uncovered
 from vnet_lock.session import Session
-from vnet_lock.situation import function_wanted, nic_wanted
+from vnet_lock.situation import device_of, find_resource, function_wanted, nic_wanted
 
 
 class Administration(Session):
     """A session in which a resource is claimed, given back or made by its name."""
 
-    def claim(self, owner: Owner, resource: Resource, mode: Mode, interface: str = "claim") -> Claim:
-        """Claim a resource for a process that uses it in its own way; nothing is changed or journalled."""
+    def claim(self, owner: Owner, word: Resource | PciAddress, mode: Mode, interface: str = BY_HAND) -> Claim:
+        """Claim a resource for a process that uses it in its own way; nothing is changed or journalled.
+
+        BadInput where there is no such device, or a VF is to be shared; Refused where it isn't free.
+        """
         self.heal()
-        inventory = read_inventory(self.settings, [resource.name], vlans=True)
+        inventory = read_inventory(self.settings, [device_of(word)], vlans=True)
+        resource = find_resource(word, inventory, self.table.read().on)
         wanted = _wanted_for(inventory, resource, mode)
         request = Fixed(interface, resource.pci or resource.name, Form.HOSTDEV)
         situation = self._outlook.situation(inventory, owner)
@@ -52,17 +57,15 @@ class Administration(Session):
             if claim.resource == wanted[0].resource and wanted[0].mode in (claim.mode, Mode.SHARED)
         )
 
-    def release_resource(self, resource: Resource, force: bool = False) -> bool:
+    def release_resource(self, word: Resource | PciAddress, force: bool = False) -> bool:
         """Give back what is claimed on a resource; False where nothing is.
 
         The claim of a guest that may still live takes ``force``; while the kernel shows that somebody
         uses the device, not even that is enough.
         """
         claims = self.table.read()
-        inventory = read_inventory(self.settings, [resource.name])
-        nic = inventory.nic_named(resource.name)
-        if nic is not None and not claims.on(resource):
-            resource = inventory.resource_of(nic)  # as claim() does
+        inventory = read_inventory(self.settings, [device_of(word)])
+        resource = find_resource(word, inventory, claims.on)
         situation = replace(self._outlook.situation(inventory), claims=claims)
         for record in claims.damaged:
             if record.resource == resource:
@@ -98,6 +101,8 @@ class Administration(Session):
         found = inventory.pf_at(pf)
         if found is None:
             raise BadInput(f"there is no PF at {pf}; see: vnet-lock status")
+        if count and not found.totalvfs:
+            raise BadInput(f"PF {pf} has no SR-IOV, so it can have no VFs; see: vnet-lock status")
         if not 0 <= count <= found.totalvfs:
             raise BadInput(f"PF {pf} can have 0 to {found.totalvfs} VFs, not {count}")
         if count == found.numvfs:
@@ -132,6 +137,8 @@ def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[W
     address = resource.pci
     if resource.kind is ResourceKind.IP:
         return (Wanted(resource, mode),)
+    if mode is Mode.SHARED and resource.kind is ResourceKind.VF:
+        raise BadInput(f"{name_of(resource)}: a VF is one guest's alone; leave out --shared")
     if address is None:
         nic = inventory.nic_named(resource.name)
         if nic is None:
@@ -140,6 +147,6 @@ def _wanted_for(inventory: Inventory, resource: Resource, mode: Mode) -> tuple[W
     is_vf = resource.kind is ResourceKind.VF
     if (inventory.vf_at(address) if is_vf else inventory.pf_at(address)) is None:
         raise BadInput(f"there is no {resource.kind.upper()} at {address}; see: vnet-lock status")
-    if mode is Mode.SHARED and not is_vf:
+    if mode is Mode.SHARED:
         return (Wanted(resource, mode),)
     return function_wanted(inventory, address)

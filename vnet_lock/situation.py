@@ -216,6 +216,28 @@ Source = Callable[[Intent, Backend, Situation], Iterator[Candidate]]
 # --- what a device takes ------------------------------------------------------------------------
 
 
+def device_of(word: Resource | PciAddress) -> str:
+    """The name or address of the device to look at for what a person names."""
+    return word.text if isinstance(word, PciAddress) else word.name
+
+
+def find_resource(
+    word: Resource | PciAddress, inventory: Inventory, claims_on: Callable[[Resource], Iterable[Claim]]
+) -> Resource:
+    """The resource that a person means: behind the name of a network device its PCI function, if it has one.
+
+    An address is that of a VF, else of a PF. What is claimed is meant as it is named: it may be gone.
+    """
+    named = (Resource.vf(word), Resource.pf(word)) if isinstance(word, PciAddress) else (word,)
+    held = next((one for one in named if [*claims_on(one)]), None)
+    if held is not None:
+        return held
+    if isinstance(word, PciAddress):
+        return named[0] if inventory.vf_at(word) else named[-1]
+    nic = inventory.nic_named(word.name) if word.kind is ResourceKind.NIC else None
+    return inventory.resource_of(nic) if nic else word
+
+
 def function_wanted(inventory: Inventory, pci: PciAddress) -> tuple[Wanted, ...]:
     """The claims that giving a whole PCI function away takes: itself, and all of its IOMMU group.
 

@@ -172,7 +172,9 @@ def test_show_of_a_claimed_vf_that_is_gone_still_tells_its_claim(host, run):
     assert "isn't there any more" in out
 
 
-@pytest.mark.parametrize("resource", ["vf:0000:09:10.0", "pf:0000:09:00.0", "nic:eth9"])
+@pytest.mark.parametrize(
+    "resource", ["vf:0000:09:10.0", "pf:0000:09:00.0", "nic:eth9", "eth9", "0000:09:00.0", "pf:0000:01:10.0"]
+)
 def test_show_of_what_is_not_there_is_bad_input(run, resource):
     code, _, err = run("show", resource)
     assert code == 2
@@ -180,12 +182,63 @@ def test_show_of_what_is_not_there_is_bad_input(run, resource):
 
 
 @pytest.mark.parametrize(
-    "resource", ["eth0", "vf:", "vf:01:10", "nic:a/b", "nic:../x", "disk:sda", "vf:0:0:0.9"]
+    "resource", ["192.0.2.7", "", "vf:", "vf:01:10", "nic:a/b", "nic:../x", "disk:sda", "vf:0:0:0.9"]
 )
 def test_a_word_that_is_no_resource_is_bad_usage(run, resource):
     code, _, err = run("show", resource)
     assert code == 2
     assert "resource" in err.lower()
+
+
+@pytest.mark.parametrize("word", ["nic:eth0v0", "eth0v0", "01:10.0", "0000:01:10.0"])
+def test_a_vf_is_found_by_its_devices_name_or_address_by_all_verbs(host, run, word):
+    host.add_process(50)
+    vf = f"vf:{host.vfs[0]}"
+    assert run("claim", word, "--pid", "50")[1].startswith(f"{vf} is claimed (exclusive) for process")
+    code, out, _ = run("show", word)
+    assert (code, out.splitlines()[0]) == (0, f"VF {host.vfs[0]}: active")
+    assert json.loads(run("show", word, "--json")[1])["resource"] == vf
+    assert run("release", word)[0] == 0
+    assert records(host) == []
+    assert run("show", word)[1].startswith(f"VF {host.vfs[0]}: free\n")
+
+
+@pytest.mark.parametrize("word", ["nic:eth0", "eth0", "01:00.0"])
+def test_a_pf_is_found_by_its_name_or_address(run, word):
+    assert run("show", word)[1].startswith(f"PF {PF}: free\n")
+
+
+def test_a_vf_that_is_gone_is_found_by_its_address_while_it_is_claimed(host, run):
+    host.add_process(50)
+    claim(host, host.vfs[2], 50)
+    host.remove_vf("0000:01:00.0", 2)
+    assert run("show", str(host.vfs[2]))[1].startswith(f"VF {host.vfs[2]}: active\n")
+    assert run("release", str(host.vfs[2]), "--force")[0] == 0
+    assert records(host) == []
+
+
+def test_an_address_that_is_claimed_is_in_status(host, run):
+    host.add_process(50, "vpn")
+    assert run("claim", "ip:10.9.9.9", "--pid", "50")[0] == 0
+    lines = run("status")[1].splitlines()
+    at = lines.index("10.9.9.9  IP address")
+    assert 'process "vpn" (pid 50)' in lines[at + 1]
+    (found,) = json.loads(run("status", "--json")[1])["addresses"]
+    assert found["address"] == "10.9.9.9"
+    assert [one["resource"] for one in found["claims"]] == ["ip:10.9.9.9"]
+    assert json.loads(run("status", "eth0", "--json")[1])["addresses"] == []
+
+
+def test_what_is_claimed_by_hand_has_no_interface(host, run):
+    host.add_process(50)
+    host.nic("up0", up=True)
+    for word, what in (("nic:up0", "network device, 52:54:"), ("ip:10.9.9.9", "an IP address")):
+        assert run("claim", word, "--pid", "50")[0] == 0
+        out = run("show", word)[1]
+        assert "for claim" not in out
+        assert out.splitlines()[1].startswith(f"  {what}")
+        assert json.loads(run("show", word, "--json")[1])["claims"][0]["interface"] == "claim"
+    assert "up0  network device" in run("status")[1].splitlines()
 
 
 # --- claim, release, gc ----------------------------------------------------------------------------
@@ -219,6 +272,15 @@ def test_a_shared_pf_is_claimed_by_two(host, run):
         host.add_process(pid)
         assert run("claim", f"pf:{PF}", "--pid", str(pid), "--shared")[0] == 0
     assert records(host) == [f"pf:{PF}"] * 2
+
+
+@pytest.mark.parametrize("word", ["vf:0000:01:10.0", "nic:eth0v0"])
+def test_a_vf_is_never_shared(host, run, word):
+    host.add_process(50)
+    code, out, err = run("claim", word, "--pid", "50", "--shared")
+    assert (code, out) == (2, "")
+    assert err == "vnet-lock: VF 0000:01:10.0: a VF is one guest's alone; leave out --shared\n"
+    assert records(host) == []
 
 
 def test_a_stranger_can_be_given_a_claim_for_what_it_uses(host, run):
@@ -434,6 +496,12 @@ def test_numvfs_has_its_limits(run, count, why):
     code, _, err = run("vfs", "eth0", count)
     assert code == 2
     assert why in err
+
+
+def test_a_device_without_sriov_can_have_no_vfs(host, run):
+    host.add_pf("0000:02:00.0", "eth1", totalvfs=0)
+    code, _, err = run("vfs", "eth1", "2")
+    assert (code, "has no SR-IOV" in err, "0 to 0" in err) == (2, True, False)
 
 
 # --- the command itself ------------------------------------------------------------------------------

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse  # 10 ms; no hook loads this module
+import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from vnet_lock.combination import Policy, Port
 from vnet_lock.front.command import serve
-from vnet_lock.model import Resource
+from vnet_lock.model import PciAddress, Resource, is_ifname
 from vnet_lock.settings import DEFAULT, Settings
 
 if TYPE_CHECKING:
@@ -229,11 +231,17 @@ def _add_resource(verb: argparse.ArgumentParser) -> None:
         "resource",
         metavar="RESOURCE",
         type=_resource,
-        help="vf:0000:af:06.0, pf:0000:af:00.0, nic:bond0 or ip:192.0.2.7",
+        help="vf:0000:af:06.0, pf:0000:af:00.0, nic:bond0 or ip:192.0.2.7; "
+        "or just a network device's name or a PCI address",
     )
 
 
-def _resource(text: str) -> Resource:
+def _resource(text: str) -> Resource | PciAddress:
+    with suppress(ValueError):
+        return PciAddress.parse(text)
+    # Of digits and dots there are names, too, but it is rather an IP address without its kind.
+    if is_ifname(text) and not re.fullmatch("[0-9.]+", text):
+        return Resource.nic(text)
     try:
         return Resource.parse(text)
     except ValueError as error:
@@ -247,8 +255,6 @@ def _name(text: str) -> str:
 
 
 def _alias(text: str) -> str:
-    import re
-
     if not re.fullmatch("ua-[A-Za-z0-9_-]+", text):
         raise argparse.ArgumentTypeError("libvirt's user aliases are like ua-net0")
     return text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front import report, report_json
 from vnet_lock.front.command import printable
-from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, Pf, Resource
+from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, Pf
 from vnet_lock.request import Intent, Plan, RefusalKind, Request
 from vnet_lock.settings import Settings
 
@@ -53,11 +53,13 @@ def status(settings: Settings, args: Namespace) -> int:
 
 def show(settings: Settings, args: Namespace) -> int:
     """One resource: claims, journal, users, findings."""
-    resource: Resource = args.resource
-    found = _look(settings, [resource.name], must_exist=False)
+    from vnet_lock.situation import device_of, find_resource
+
+    found = _look(settings, [device_of(args.resource)], must_exist=False)
+    resource = find_resource(args.resource, found.inventory, lambda one: found.state_of(one).claims)
     known = resource in found.states or any(one.resource == resource.text for one in found.findings)
     if not known:
-        raise BadInput(f"there is no {resource} here, and nothing claims it; see: vnet-lock status")
+        raise BadInput(f"there is no {args.resource} here, and nothing claims it; see: vnet-lock status")
     if args.json:
         print(_dumps(report_json.show_json(found, resource)))
     else:
