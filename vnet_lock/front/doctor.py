@@ -12,7 +12,7 @@ from vnet_lock.config import Config, format_indices, read_config
 from vnet_lock.dataclass import dataclass
 from vnet_lock.errors import VnetLockError
 from vnet_lock.front import hook_call, hook_server, hooks_install
-from vnet_lock.front.hooks_install import HookState
+from vnet_lock.front.hooks_install import HookFile, HookState
 from vnet_lock.kernel import confinement, programs
 from vnet_lock.kernel.confinement import HOOKS_OF
 from vnet_lock.kernel.modules import lacks_module
