@@ -37,12 +37,12 @@ from vnet_lock.use import foreign_users
 
 # What tells whose a use is that no process was found for.
 _WHO_HAS_IT = {
-    UseKind.VFIO: "fuser -v /dev/vfio/*",
+    UseKind.VFIO: "fuser -v {dev}/vfio/*",
     UseKind.UPPER: "ip -details link",
     UseKind.NAMESPACE: "lsns --type net",
-    UseKind.ADDRESS: "ip address; ip route",
+    UseKind.ADDRESS: "ip address, ip route",
     UseKind.SOCKET: "ss --packet --processes",
-    UseKind.DRIVER: "fuser -v /dev/uio*",
+    UseKind.DRIVER: "fuser -v {dev}/uio*",
     UseKind.UNSEEN: "lsns --type net",
     UseKind.LIBVIRT: "virsh list",
 }
@@ -240,7 +240,8 @@ class _Auditor:
         elif os.geteuid() != 0 and all(user.kind is UseKind.UNSEEN for user in strangers):
             self._warn("foreign", resource, f"{said}; run as root to see where that is")
         else:
-            self._error("foreign", resource, f"{said}; who has it: {_WHO_HAS_IT[strangers[0].kind]}")
+            how = _WHO_HAS_IT[strangers[0].kind].format(dev=self.settings.dev)
+            self._error("foreign", resource, f"{said}; who has it: {how}")
 
     def _report_tenants(self, resource: Resource, living: list[Claim]) -> None:
         """Guests that have what is left to the host: from before it was, or where nobody could refuse it."""

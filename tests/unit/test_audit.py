@@ -289,7 +289,7 @@ def test_where_no_process_is_known_the_way_to_find_it_is_said(host):
     shutil.rmtree(host.root / "sys/class/net/eth0v0")
     (finding,) = look(host).findings
     assert finding.message == (
-        f"VF {vf} is in use without a claim (bound to igb_uio); who has it: fuser -v /dev/uio*"
+        f"VF {vf} is in use without a claim (bound to igb_uio); who has it: fuser -v {host.settings.dev}/uio*"
     )
 
 
