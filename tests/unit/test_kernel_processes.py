@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_host import FakeHost, Link, build, rdev_text, stat_line
+from tests.kernel.host import eventually
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import processes
 from vnet_lock.model import Owner, OwnerKind, Process, UseKind
@@ -27,6 +28,31 @@ def test_a_zombie_counts_as_gone(tmp_path: Path, state: str):
     build(tmp_path, {"proc/900001/stat": stat_line(900001, "q", state, start_ticks=77)})
     assert processes.read_process(host.settings, 900001) is None
     assert not processes.is_alive(host.settings, Process(900001, 77))
+
+
+def test_a_process_lives_on_without_its_first_thread_and_holds_what_it_has_open():
+    code = (
+        "import ctypes, threading, time\nfile = open('/dev/full')\n"
+        "threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        "print(flush=True)\nctypes.CDLL(None).pthread_exit(None)"
+    )
+    rdev = os.stat("/dev/full").st_rdev
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            eventually(lambda: state_of(process.pid) == "Z")
+            found = processes.read_process(DEFAULT, process.pid)
+            assert found is not None
+            assert processes.is_alive(DEFAULT, found)
+            assert process.pid in {user.pid for user in processes.read_holders(DEFAULT, [rdev])[rdev]}
+        finally:
+            process.kill()
+    assert not processes.is_alive(DEFAULT, found)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_another_process_with_the_pid_is_no_sign_of_life(tmp_path: Path):

@@ -27,7 +27,8 @@ _GONE = (errno.ENOENT, errno.ESRCH, errno.ENOTDIR)
 _HIDDEN = (errno.EACCES, errno.EPERM)
 # struct flock of fcntl(2), as the C compiler lays it out: type, whence, start, length, pid.
 _FLOCK = struct.Struct("@hhqqi")
-# proc(5): Z is a zombie, X and x are dead. All have given their descriptors and locks back.
+# proc(5): Z is a zombie, X and x are dead. All have given their descriptors and locks back, but for a zombie
+# that has threads left: only its first one has ended.
 _DEAD_STATES = "ZXx"
 
 
@@ -51,7 +52,7 @@ def read_process(settings: Settings, pid: int) -> Process | None:
     PermissionError where it hides from us; VnetLockError where its stat file makes no sense.
     """
     fields = _read_stat(settings, pid)
-    if fields is None or fields[0] in _DEAD_STATES:
+    if fields is None or (fields[0] in _DEAD_STATES and int(fields[17]) <= 1):
         return None
     return Process(pid, int(fields[19]))
 
@@ -231,12 +232,12 @@ def iterate_pids(settings: Settings) -> Iterator[int]:
 def _iterate_descriptors(settings: Settings, pid: int) -> Iterator[tuple[str, str]]:
     """Paths of a process's descriptors under /proc, with what they point at."""
     folder = f"{settings.proc}/{pid}/fd"
-    try:
-        names = os.listdir(folder)
-    except OSError as error:
-        if error.errno in (*_GONE, *_HIDDEN):
-            return
-        raise
+    names = _list_seen(folder)
+    # A kernel's thread has none, and a process whose first thread has ended has them by the others.
+    for task in () if names else _list_seen(f"{settings.proc}/{pid}/task"):
+        folder = f"{settings.proc}/{pid}/task/{task}/fd"
+        if names := _list_seen(folder):
+            break
     for name in names:
         path = f"{folder}/{name}"
         try:
@@ -244,6 +245,16 @@ def _iterate_descriptors(settings: Settings, pid: int) -> Iterator[tuple[str, st
         except OSError as error:
             if error.errno not in (*_GONE, *_HIDDEN):
                 raise
+
+
+def _list_seen(folder: str) -> list[str]:
+    """The names in a folder of /proc; none where it is gone, or not ours to see."""
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        if error.errno in (*_GONE, *_HIDDEN):
+            return []
+        raise
 
 
 def _read_rdev(path: str) -> int:
