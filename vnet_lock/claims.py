@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from errno import ELOOP
+from contextlib import ExitStack, contextmanager, suppress
+from errno import EDQUOT, ELOOP, ENOSPC
 
 from vnet_lock.errors import Vanished, VnetLockError
 from vnet_lock.locks import guard, os_failure
@@ -20,6 +20,13 @@ from vnet_lock.settings import DEFAULT, Settings
 
 # Only who holds the guard writes, so one name does; what stands there at the start a killed writer left.
 _TEMPORARY = ".new"
+# What is given up where there is no room to write that something is given back: libvirt doesn't ask twice.
+_SPARE_BYTES = 4096
+_FULL = (ENOSPC, EDQUOT)
+
+
+class _NoRoom(VnetLockError):
+    """The run directory is full."""
 
 
 def new_token() -> str:
@@ -69,8 +76,9 @@ class ClaimTable:
             fd = _open_tree(settings, ours)
         try:
             with guard(settings.guard_path, settings.guard_wait_s, "the claim table", settings.proc):
-                writer = Writer(settings.claims_dir, fd)
+                writer = Writer(settings.claims_dir, fd, settings.spare_path)
                 writer.remove_leftover()
+                writer.keep_spare()
                 try:
                     yield writer
                 finally:
@@ -82,9 +90,10 @@ class ClaimTable:
 class Writer:
     """The claim table while its guard is held; all that writes records is here."""
 
-    def __init__(self, directory: str, fd: int) -> None:
+    def __init__(self, directory: str, fd: int, spare: str) -> None:
         self._directory = directory
         self._fd = fd
+        self._spare = spare
 
     def read(self) -> Claims:
         """All claims, and nobody changes them meanwhile."""
@@ -114,7 +123,13 @@ class Writer:
             )
         if not fits(name, claim):
             raise ValueError(f"{name} cannot become a claim of {claim.owner.text}")
-        self._write(name, claim)
+        try:
+            self._write(name, claim)
+        except _NoRoom:
+            # The old record's room is free once this one is written, for the next.
+            with suppress(FileNotFoundError):
+                os.unlink(self._spare)
+            self._write(name, claim)
 
     def drop(self, claim: Claim) -> None:
         """Remove a claim's record, known by its resource and token; absent is success."""
@@ -125,6 +140,18 @@ class Writer:
     def remove_leftover(self) -> None:
         """Remove what a writer left that was killed."""
         self._unlink(_TEMPORARY)
+
+    def keep_spare(self) -> None:
+        """Keep some room, as long as there is any."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if os.path.lexists(self._spare):
+            return
+        with suppress(OSError):
+            fd = os.open(self._spare, flags, 0o600)
+            try:
+                os.write(fd, bytes(_SPARE_BYTES))
+            finally:
+                os.close(fd)
 
     def close(self) -> None:
         """Make later use fail: the guard is gone."""
@@ -159,7 +186,8 @@ class Writer:
             os.rename(_TEMPORARY, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         except OSError as error:
             self._unlink(_TEMPORARY)
-            raise os_failure("write the claim", f"{self._directory}/{name}", error) from error
+            failure = os_failure("write the claim", f"{self._directory}/{name}", error)
+            raise (_NoRoom(str(failure)) if error.errno in _FULL else failure) from error
 
     def _unlink(self, name: str) -> None:
         try:

@@ -148,6 +148,8 @@ def _check_wish(wish: Wish, target: Element | None) -> None:
     if target is None:
         if wish.intent.backends != (Backend.VFIO,):
             raise BadInput(f'{what}: no <interface> of the guest has <alias name="{wish.intent.interface}"/>')
+    elif not wish.kind:
+        raise BadInput(f"{what}: its <interface> has no type; write <interface type='ethernet'>")
     elif wish.kind == "ethernet" and Backend.VFIO not in wish.intent.backends:
         _check_target(target, what)
     elif wish.is_vhost_user:

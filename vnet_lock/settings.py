@@ -91,6 +91,11 @@ class Settings:
         """Where it is called; the hook, which doesn't load this, says it in hook_call.SOCKET."""
         return self.run + "/hooks.sock"
 
+    @property
+    def spare_path(self) -> str:
+        """Room for a claim's record where there is no other any more."""
+        return self.run + "/.spare"
+
     def looked_path(self, pid: int) -> str:
         """The note of libvirt's daemon with this pid that it has looked for hooks; hooks/daemon writes it."""
         return f"{self.run}/{pid}.hooks"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from vnet_lock.combination import Policy, Port
 from vnet_lock.errors import Refused, Unsupported, VnetLockError
 from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.kernel.processes import read_boot_id, this_process
-from vnet_lock.model import Claim, Owner, OwnerKind, Resource
+from vnet_lock.model import Claim, Owner, OwnerKind, Process, Resource
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvtap import open_macvlan
 from vnet_lock.request import Intent
@@ -87,6 +89,30 @@ def test_a_macvtap_that_is_open_is_not_released_even_by_force(
     with pytest.raises(Refused, match="--force"):
         person.release_resource(up0)
     assert person.release_resource(up0, force=True)
+
+
+def test_what_a_guest_had_is_given_back_where_there_is_no_room_to_write_it_down(session: Session) -> None:
+    """libvirt asks once; who asks for more where there is no room gets nothing, and leaves nothing."""
+    with session.table.guarded():
+        pass  # makes the directories
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k,mode=755", "none", DEFAULT.run], check=True)
+    try:
+        wanted = [want(Policy.VEPA, Port.MACVLAN, "up0", ifname=f"web1-net{n}") for n in range(2)]
+        session.acquire(me(), [replace(one, interface=f"net{n}") for n, one in enumerate(wanted)])
+        filler = Path(DEFAULT.run, "filler")
+        with pytest.raises(OSError, match="No space left"):
+            filler.write_bytes(bytes(1 << 20))
+        other = Owner(OwnerKind.QEMU, "other", read_boot_id(DEFAULT), process=Process(1, 1))
+        with pytest.raises(VnetLockError, match=r"No space left.*df"):
+            session.acquire(other, [replace(wanted[0], ifname="db1-net0")])
+        assert len(session.table.read().records) == 2
+        session.release(me())
+        assert session.table.read().records == ()
+        filler.unlink()
+        session.acquire(me(), [wanted[0]])
+        session.release(me())
+    finally:
+        subprocess.run(["umount", DEFAULT.run], check=True)
 
 
 def test_a_macvlan_stands_beside_its_lower_device_in_another_namespace(

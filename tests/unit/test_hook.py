@@ -235,6 +235,27 @@ def test_a_refused_guest_leaves_libvirt_no_note_to_change_anothers_vf_by(
 # --- how it ends --------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("interface", "said"),
+    [
+        ("<interface><alias name='ua-net0'/></interface>", "ua-net0: its <interface> has no type"),
+        (
+            "<interface type='direct'><mac address='&#10;'/><alias name='ua-net0'/></interface>",
+            "no MAC address",
+        ),
+    ],
+)
+def test_what_is_odd_about_an_interface_is_said_in_one_line(
+    host: FakeHost, interface: str, said: str
+) -> None:
+    intent = "<v:interface alias='ua-net0' policy='veb' dev='eth0'/>"
+    metadata = f"<metadata><v:guest xmlns:v='urn:vnet-lock:guest:1'>{intent}</v:guest></metadata>"
+    xml = guest("a", metadata=metadata).replace(b"<devices>", f"<devices>{interface}".encode())
+    status, told = run_with(Fake(), host.settings, "prepare", xml)
+    (line,) = told.said
+    assert (status, said in line, "\n" in line) == (1, True, False)
+
+
 @pytest.mark.parametrize("operation", [*REFUSING, "stopped", "release", "reconnect"])
 @pytest.mark.parametrize(
     "error", [Refused("VF is held by b"), VnetLockError("kernel says no"), BadInput("what")]

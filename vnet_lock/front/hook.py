@@ -133,9 +133,10 @@ def answer_with(body: Callable[[], None], operation: str, of: str, report: Repor
         body()
     except (VnetLockError, DeadlinePassed) as error:
         status = 0 if isinstance(error, TooLate) else status
-        report.say(f"vnet-lock: {error}")
+        text = " ".join(str(error).split())  # a word of the guest's XML may have several lines
+        report.say(f"vnet-lock: {text}")
         if not status:
-            report.log(f"{operation} of {of}: {error}")
+            report.log(f"{operation} of {of}: {text}")
         return status
     except Exception as error:
         import traceback  # 5 ms
