@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.kernel import test_libvirtd
-from tests.kernel.host import VNET_LOCK, Host
+from tests.kernel.host import VNET_LOCK, Host, eventually, started
+from tests.lab.daemons import LIBVIRTD
 from tests.lab.machines import virsh
 
 UUID = "2f6c9a52-3f5e-4a0e-9d0b-6f4f0c5d1a97"
@@ -117,6 +119,35 @@ def test_a_defined_guest_is_started_resolved_and_comes_back_to_its_definition(li
     virsh("destroy", "web1")
     assert dump("--inactive") == defined
     assert is_as_before(libvirtd)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_attach_that_is_interrupted_gives_back_what_libvirt_refuses(
+    libvirtd: Host, write, number: int
+) -> None:
+    virsh("define", write())
+    assert vnet_lock("start", "web1").returncode == 0
+    before = resources(libvirtd)
+    device = Path("/run/device.xml")
+    device.write_text(
+        "<interface type='direct'><source dev='peer0' mode='passthrough'/>"
+        "<model type='nonesuch'/></interface>"
+    )
+    daemon = LIBVIRTD.pid
+    with started([VNET_LOCK, "attach", "web1", str(device)]) as process:
+        eventually(lambda: "nic:peer0" in resources(libvirtd))
+        os.kill(daemon, signal.SIGSTOP)
+        try:
+            time.sleep(0.5)
+            process.send_signal(number)
+            time.sleep(0.5)
+        finally:
+            os.kill(daemon, signal.SIGCONT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode in (1, 2, 5, 130, -number)
+    assert "Traceback" not in said
+    assert resources(libvirtd) == before
+    virsh("destroy", "web1")
 
 
 def test_what_libvirt_refuses_leaves_no_claim_and_no_device(libvirtd: Host, write) -> None:

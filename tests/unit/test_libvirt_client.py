@@ -9,7 +9,7 @@ import pytest
 from vnet_lock.errors import BadInput, Unsupported, VnetLockError
 from vnet_lock.front.libvirt_client.connection import Libvirt
 from vnet_lock.front.libvirt_client.domain import DomainState
-from vnet_lock.front.libvirt_client.errors import Disconnected
+from vnet_lock.front.libvirt_client.errors import Disconnected, translated
 from vnet_lock.front.libvirt_client.events import Happened
 
 GUEST = (
@@ -78,3 +78,21 @@ def test_a_connection_that_was_hung_up_is_told(libvirt):
     libvirt.close()
     with pytest.raises(Disconnected):
         libvirt.find("test")
+
+
+@pytest.mark.parametrize("name", ["\udcff", "a\0b"])
+def test_what_is_no_text_is_no_guest(libvirt, name):
+    with pytest.raises(BadInput, match="guest"):
+        libvirt.find(name)
+    with pytest.raises(BadInput, match="libvirt at"):
+        Libvirt(name)
+
+
+def test_an_interrupt_within_libvirt_is_one_here():
+    """As Python says it where a callback of ours runs while libvirt tells of an error."""
+    told = SystemError("returned a result with an exception set")
+    told.__cause__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt), translated("guest"):
+        raise told
+    with pytest.raises(SystemError), translated("guest"):
+        raise SystemError("a bug")

@@ -209,7 +209,14 @@ def test_a_guest_that_nobody_can_read_disturbs_no_other(
 
 
 @pytest.mark.parametrize(
-    "uri", ["qemu+ssh://elsewhere/system", "qemu+ssh:///system", "qemu:///session", "test:///default"]
+    "uri",
+    [
+        "qemu+ssh://elsewhere/system",
+        "qemu://[x/system",
+        "qemu+ssh:///system",
+        "qemu:///session",
+        "test:///default",
+    ],
 )
 def test_only_this_hosts_own_guests_are_watched(host: FakeHost, uri: str) -> None:
     with pytest.raises(BadInput, match="watch qemu:///system"):

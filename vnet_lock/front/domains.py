@@ -2,12 +2,14 @@
 
 What is chosen is claimed for the guest before libvirt is asked, and lives by this process until there is
 something that lives as long as the guest: the hook's prepare takes the claims over, and without hooks they
-live by the lock on libvirt's pid file. So nothing is left where libvirt refuses, or we are killed.
+live by the lock on libvirt's pid file. So nothing is left where libvirt refuses, or we are killed; of a guest
+that runs, what it was to get when we were killed is its own until it ends.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -105,8 +107,8 @@ def attach(settings: Settings, args: Namespace, connect: Connect | None = None) 
         else:
             alias, xml = wanted
             grants = session.acquire(owner, _read_device(xml), beside=True)
-        session.activate(grants)
         with _given_back(session, grants), _about_interface(alias):
+            session.activate(grants)
             domain.attach(xml)
         daemon = read_daemon(settings)
         if daemon is not None and not find_lack(settings):
@@ -260,10 +262,11 @@ def _given_back(session: Session, grants: tuple[Grant, ...]) -> Iterator[None]:
     """Give back what was claimed where libvirt refuses.
 
     Not where its daemon was lost: it may have done what was asked. The claims live by this process then, and
-    by the guest if there is one.
+    by the guest if there is one. What would end us waits until that is decided.
     """
     from vnet_lock.front.libvirt_client.errors import Disconnected
 
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
     except Disconnected:
@@ -274,6 +277,8 @@ def _given_back(session: Session, grants: tuple[Grant, ...]) -> Iterator[None]:
         except VnetLockError as failure:
             raise VnetLockError(f"{error}; {failure}") from error
         raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
 
 
 # --- who ------------------------------------------------------------------------------------------

@@ -17,7 +17,10 @@ def is_own_daemon(uri: str) -> bool:
     """Whether a libvirt URI is of this host's own system daemon; other daemons' guests claim nothing here."""
     from urllib.parse import urlsplit  # 5 ms, and no hook asks
 
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # libvirt couldn't read it either
+        return False
     is_local = not parts.netloc and parts.scheme.partition("+")[2] in ("", "unix")
     return is_local and parts.path == "/system"
 

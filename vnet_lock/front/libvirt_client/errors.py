@@ -45,6 +45,12 @@ def translated(what: str, is_alive: Callable[[], bool] = lambda: True) -> Iterat
         yield
     except libvirt.libvirtError as error:
         raise _error_of(error, what, is_alive) from error
+    except SystemError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):  # ^C, noticed while libvirt told of another error
+            raise KeyboardInterrupt from error
+        raise
+    except ValueError as error:  # a letter that is no text, or a NUL, where libvirt wants a name
+        raise BadInput(f"{what}: {error}") from error
 
 
 def _error_of(error: Any, what: str, is_alive: Callable[[], bool]) -> VnetLockError:
@@ -53,7 +59,9 @@ def _error_of(error: Any, what: str, is_alive: Callable[[], bool]) -> VnetLockEr
     if code == libvirt.VIR_ERR_HOOK_SCRIPT_FAILED and (match := _OF_A_HOOK.fullmatch(message)):
         message = match[1]
     message = f"{what}: {message}"
-    if code == libvirt.VIR_ERR_NO_CONNECT or error.get_error_domain() == libvirt.VIR_FROM_RPC:
+    # An error of RPC's own is about what was to be sent.
+    is_lost = error.get_error_domain() == libvirt.VIR_FROM_RPC and code != libvirt.VIR_ERR_RPC
+    if code == libvirt.VIR_ERR_NO_CONNECT or is_lost:
         return Disconnected(f"{message}; is libvirt's daemon running?")
     if not is_alive():
         return Disconnected(message)
