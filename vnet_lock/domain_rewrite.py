@@ -117,11 +117,12 @@ def rewrite(xml: bytes, forms: Mapping[str, InterfaceForm | None]) -> bytes:
     BadInput where the document can't be read, isn't UTF-8, or has no <devices>.
     """
     root = _read(xml)
-    devices = next((child for child in root.children if child.tag == "devices"), None)
-    if root.tag != "domain" or devices is None or devices.is_short:
+    # libvirt takes several, and reads them as one.
+    devices = [child for child in root.children if child.tag == "devices" and not child.is_short]
+    if root.tag != "domain" or not devices:
         raise BadInput("guest XML: there are no <devices> in it")
     edits = _Edits(xml)
-    there = {alias: node for node in devices.children if (alias := _alias_of(node))}
+    there = {alias: node for one in devices for node in one.children if (alias := _alias_of(node))}
     missing = []
     for alias, form in forms.items():
         if alias not in there:
@@ -130,7 +131,7 @@ def rewrite(xml: bytes, forms: Mapping[str, InterfaceForm | None]) -> bytes:
             edits.reform(there[alias], form)
         else:
             edits.remove(there[alias])
-    edits.append(devices, missing, after=("interface",))
+    edits.append(devices[0], missing, after=("interface",))
     return edits.apply()
 
 

@@ -97,6 +97,11 @@ def read(root: Element) -> tuple[Wish, ...]:
 
 
 def _read_wish(element: Element, targets: dict[str, Element]) -> Wish:
+    if element.tag == "interface":
+        raise BadInput(
+            f"interface {element.get('alias', '')}: in the metadata it is of no namespace; write it as one of"
+            f" {NAMESPACE}, as <guest> is"
+        )
     if element.tag != _INTERFACE:
         raise BadInput(f"metadata: <{_plain(element)}> is unknown; <guest> has <interface> only")
     alias = element.get("alias", "")

@@ -229,3 +229,11 @@ def test_every_form_fits_libvirts_schema(name: str, tmp_path: Path) -> None:
         argv = ["virt-xml-validate", path, "domain"]
         done = subprocess.run(argv, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{done.stderr}{path.read_text()}"
+
+
+def test_several_devices_are_read_as_one() -> None:
+    one, two = (f"<devices><interface type='user'><alias name='ua-{n}'/></interface></devices>" for n in "ab")
+    forms = {"ua-b": domain_rewrite.bridge("br0"), "ua-c": domain_rewrite.bridge("br1")}
+    text = rewrite(f"<domain><devices/>{one}{two}</domain>".encode(), forms).decode()
+    assert [text.count(f"<interface type='{kind}'>") for kind in ("user", "bridge")] == [1, 2]
+    assert text.count("name='ua-b'") == 1

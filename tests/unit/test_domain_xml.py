@@ -300,6 +300,7 @@ def intent(**attributes: str) -> str:
         (intent(queues="0"), "1 to 256"),
         (intent(queues="257"), "1 to 256"),
         (intent(mtu="9000"), "mtu is unknown"),
+        ("<interface alias='ua-net0' policy='veb'/>", "it is of no namespace"),
         (intent(**{"vnet:policy": "vepa"}), "unknown"),
         (intent(alias="ua-net9"), "ua-net9: no <interface>"),
         (INTENT + INTENT, "twice"),

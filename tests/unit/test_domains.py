@@ -282,6 +282,17 @@ def test_what_the_hook_is_to_make_takes_the_hook(host, run, write, libvirt):
     assert claims(host) == []
 
 
+def test_what_the_hook_could_not_have_is_refused_before_libvirt_is_asked(host, run, write):
+    host.add_process(50)
+    whole = Claim(
+        Resource.nic("wire0"), Mode.EXCLUSIVE, State.ACTIVE, host.owner(50, "other"), "a" * 16, "n", 0.0
+    )
+    host.claim(whole)
+    code, _, err = run("start", "--form=late", "-c", URI, write(ON_PF))
+    assert code == 4
+    assert err.startswith("vnet-lock: ua-net0: device wire0 is held by qemu")
+
+
 def test_a_hook_that_the_daemon_does_not_know_makes_nothing_and_ends_no_claim(host, write, plug):
     """It looks for hooks when it starts and when it is told to; nothing would be given back by them."""
     install(host.settings)

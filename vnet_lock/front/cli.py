@@ -269,7 +269,7 @@ def _natural(text: str) -> int:
 def _positive(text: str) -> int:
     number = _natural(text)
     if number == 0:
-        raise argparse.ArgumentTypeError("0 is no process")
+        raise argparse.ArgumentTypeError("0 is too few")
     return number
 
 

@@ -30,7 +30,7 @@ from vnet_lock.front.resolver import resolve as resolve_guest
 from vnet_lock.front.verbs import about_file, read_file, read_words
 from vnet_lock.model import Owner, name_of
 from vnet_lock.ports.macvtap import random_mac
-from vnet_lock.request import Fixed, Intent
+from vnet_lock.request import Fixed, Intent, Refusal, error_of
 from vnet_lock.resolving import made_late
 from vnet_lock.session import Grant, Session
 from vnet_lock.settings import Settings
@@ -190,11 +190,18 @@ def _read_intent(args: Namespace) -> Intent:
 
 
 def _claim(session: Session, xml: bytes, owner: Owner, *, full: bool) -> tuple[Resolved, tuple[Grant, ...]]:
-    """Resolve, and claim what libvirt itself is to open."""
+    """Resolve, and claim what libvirt itself is to open.
+
+    What the hook couldn't have is refused here already: libvirt says only that a hook has failed.
+    """
 
     def take() -> tuple[Resolved, tuple[Grant, ...]]:
         found = resolve_guest(session, xml, owner, full=full)
-        fixed = [one for one in read_guest(found.xml).requests if isinstance(one, Fixed)]
+        requests = read_guest(found.xml).requests
+        planned = session.plan(requests, owner)
+        if isinstance(planned, Refusal):
+            raise error_of(planned)
+        fixed = [one for one in requests if isinstance(one, Fixed)]
         grants = session.acquire(owner, fixed, beside=True)
         session.activate(grants)
         return found, grants
