@@ -24,7 +24,7 @@ help:
 	@echo 'make lab-shell   a shell in that VM'
 	@echo 'make bench       speed and memory'
 	@echo 'make test-lab-long   what takes an hour more: a daemon killed anywhere, the full form, migration, save, SELinux'
-	@echo 'make test-lab-older  the life of libvirt guests, with the libvirt of Debian 12 itself'
+	@echo 'make test-lab-older  all that libvirt has a part in, with the libvirt of Debian 12 itself; two hours'
 	@echo 'make bench-start     virsh start with the hook beside without'
 	@echo 'make bench-vhost     socket+vhost beside tap+vhost on one device'
 	@echo 'make bench-datapath  throughput and latency of every combination, into docs/'
@@ -84,7 +84,7 @@ test-lab-selinux: setup
 # With the libvirt that Debian 12 itself has, 9.0, in the place of its backports' one.
 test-lab-older: HOST := --older
 test-lab-older: setup
-	$(IN_LAB) $(call lab_tests,daemon life) $(ARGS)
+	$(IN_LAB) $(LAB_LIBVIRT) $(call lab_tests,daemon full_form installation migration saved) $(ARGS)
 
 lab-shell: setup
 	@$(VM) --shell
