@@ -24,7 +24,7 @@ help:
 	@echo 'make lab-shell   a shell in that VM'
 	@echo 'make bench       speed and memory'
 	@echo 'make test-lab-long   what takes an hour more: a daemon killed anywhere, the full form, migration, save, SELinux'
-	@echo 'make test-lab-older  all that libvirt has a part in, with the libvirt of Debian 12 itself; two hours'
+	@echo 'make test-lab-older  all that libvirt has a part in, with the libvirt of Debian 12 itself; an hour and a half'
 	@echo 'make bench-start     virsh start with the hook beside without'
 	@echo 'make bench-vhost     socket+vhost beside tap+vhost on one device'
 	@echo 'make bench-datapath  throughput and latency of every combination, into docs/'

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 from vnet_lock import backends, ports
 from vnet_lock.combination import DEFAULT_BACKENDS, Backend, Port, backends_of, ports_of
+from vnet_lock.dataclass import replace
 from vnet_lock.errors import VnetLockError
 from vnet_lock.kernel import programs
 from vnet_lock.kernel.kinship import Kinship
 from vnet_lock.kernel.observe import read_inventory
+from vnet_lock.kernel.sysfs import real_name
 from vnet_lock.model import Claims, Inventory, Owner, Resource
 from vnet_lock.request import Fixed, Intent, Request
 from vnet_lock.settings import Settings
@@ -37,9 +39,21 @@ class Outlook:
         self.settings = self._config.tune(settings) if self._config else settings
 
     def resolve(self, requests: Iterable[Request]) -> tuple[Request, ...]:
-        """With the devices that the configuration has for them; BadInput where that can't be told."""
+        """With the devices that the configuration has for them, each by the name that sysfs has for it.
+
+        BadInput where that can't be told.
+        """
         config = self._require_config()
-        return tuple(map(config.resolve, requests)) if config else tuple(requests)
+        return tuple(map(self._as_known, map(config.resolve, requests) if config else requests))
+
+    def _as_known(self, request: Request) -> Request:
+        if isinstance(request, Intent):
+            known = tuple(real_name(self.settings, dev) for dev in request.devs)
+            return request if known == request.devs else replace(request, devs=known)
+        if not isinstance(request.device, str):
+            return request
+        name = real_name(self.settings, request.device)
+        return request if name == request.device else replace(request, device=name)
 
     def left_to_host(self, inventory: Inventory) -> frozenset[Resource]:
         """VFs that no guest is to have."""

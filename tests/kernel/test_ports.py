@@ -14,12 +14,13 @@ import pytest
 from vnet_lock.administration import Administration
 from vnet_lock.combination import Policy, Port
 from vnet_lock.errors import Refused, Unsupported, VnetLockError
+from vnet_lock.front.libvirt_guest import find_tokens
 from vnet_lock.kernel.netns import call_in, make_namespace
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.model import Claim, Owner, OwnerKind, Process, Resource
 from vnet_lock.ports import Job
 from vnet_lock.ports.macvtap import open_macvlan
-from vnet_lock.request import Intent
+from vnet_lock.request import Fixed, Form, Intent
 from vnet_lock.session import Session
 from vnet_lock.settings import DEFAULT
 from vnet_lock.undo import undo
@@ -73,6 +74,20 @@ def test_a_macvlan_port_is_a_macvtap_in_the_policys_mode(
     assert {"UP", "ALLMULTI"} <= set(made["flags"])  # type: ignore[call-overload]
     assert made["inet6_addr_gen_mode"] == "none"
     assert Path(f"/dev/tap{made['ifindex']}").is_char_device()
+    session.release(me())
+
+
+def test_a_device_has_what_is_asked_for_by_another_of_its_names(
+    session: Session, ip: Callable[[str], str]
+) -> None:
+    ip("link property add dev up0 altname other0")
+    direct = Fixed("net0", "other0", Form.PASSTHRU)
+    session.acquire(me(), [direct])
+    assert only_claim(session).resource == Resource.nic("up0")
+    assert find_tokens(DEFAULT, session.table, me(), direct) == [only_claim(session).token]
+    stranger = Owner(OwnerKind.QEMU, "other", read_boot_id(DEFAULT), process=Process(1, 1))
+    with pytest.raises(Refused, match="up0"):
+        session.acquire(stranger, [want(Policy.VEPA, Port.MACVLAN, "other0")])
     session.release(me())
 
 

@@ -6,7 +6,8 @@ from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.observe import read_inventory
-from vnet_lock.model import Inventory, Mode, Owner, OwnerKind, PciAddress, Process
+from vnet_lock.kernel.sysfs import real_name
+from vnet_lock.model import Mode, Owner, OwnerKind, PciAddress, Process
 from vnet_lock.request import Fixed
 from vnet_lock.settings import Settings
 
@@ -65,7 +66,7 @@ def find_tokens(settings: Settings, table: ClaimTable, owner: Owner, request: Fi
 
     What is exclusive is in a guest once; of a network device that several interfaces share each has a claim.
     """
-    names = device_names(read_inventory(settings, [str(request.device)]), request)
+    names = device_names(settings, request)
     found = (
         claim.token
         for claim in table.read().of(owner)
@@ -75,9 +76,10 @@ def find_tokens(settings: Settings, table: ClaimTable, owner: Owner, request: Fi
     return list(dict.fromkeys(found))
 
 
-def device_names(inventory: Inventory, request: Fixed) -> frozenset[str]:
+def device_names(settings: Settings, request: Fixed) -> frozenset[str]:
     """What a claim on the device may be about: a network device with a PCI function is known by that."""
-    name = str(request.device)
+    name = real_name(settings, str(request.device))
+    inventory = read_inventory(settings, [name])
     nic = inventory.nic_named(name)
     return frozenset({name, inventory.resource_of(nic).name} if nic else {name})
 

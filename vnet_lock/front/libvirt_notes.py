@@ -17,7 +17,6 @@ from vnet_lock.domain_xml import read_fixed
 from vnet_lock.front.libvirt_guest import device_names
 from vnet_lock.journal import LibvirtMacvtap, Link, VfAdmin
 from vnet_lock.kernel.before import read_netdev
-from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.model import Claim, PciAddress
 from vnet_lock.request import Fixed, Form
 from vnet_lock.settings import Settings
@@ -33,8 +32,7 @@ def remove_of_others(settings: Settings, xml: bytes) -> None:
     wanted = [one for one in guest.requests if isinstance(one, Fixed) and one.form is Form.PASSTHRU]
     if not wanted:
         return
-    inventory = read_inventory(settings, [str(one.device) for one in wanted])
-    names = {name for one in wanted for name in device_names(inventory, one)}
+    names = {name for one in wanted for name in device_names(settings, one)}
     for claim in ClaimTable(settings).read().records:
         if claim.resource.name in names and claim.owner.uuid != guest.uuid:
             for name in _notes_of(settings, claim):

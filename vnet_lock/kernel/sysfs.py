@@ -123,6 +123,18 @@ def list_netdevs(settings: Settings) -> list[str]:
     return sorted(name for name in list_names(f"{settings.sys}/class/net") if name != "bonding_masters")
 
 
+def real_name(settings: Settings, name: str) -> str:
+    """The name by which sysfs knows a device; its others (altnames, see ip-link(8)) are not there."""
+    if ":" in name or os.path.lexists(f"{settings.sys}/class/net/{name}"):
+        return name
+    import socket  # 5 ms, and rarely asked for
+
+    try:
+        return socket.if_indextoname(socket.if_nametoindex(name))
+    except (OSError, ValueError):  # there is none, or it is no text
+        return name
+
+
 def read_nic(settings: Settings, name: str) -> Nic | None:
     """A network device; None where there is none. To sysfs alone, a macvlan is ``other``."""
     base = f"{settings.sys}/class/net/{name}"
