@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.kernel.host import EMPTY_FOR_EVER
+from tests.kernel.host import STAYING
 from tests.lab.machines import Console, Guests, PlainGuest
 from tests.wires import PORT, Outside, Wire, ip
 from vnet_lock.combination import COMBINATIONS, Backend, Combination, Policy, Port
@@ -304,7 +304,7 @@ class Footprint:
         parts["run"] = sorted(
             path.name
             for path in Path("/run/vnet-lock").rglob("*")
-            if path.name not in EMPTY_FOR_EVER and path.suffix not in (".lock", ".hooks")
+            if path.name not in STAYING and path.suffix not in (".lock", ".hooks")
         )
         parts["processes"] = _processes()
         return cls(parts)

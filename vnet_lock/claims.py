@@ -143,11 +143,10 @@ class Writer:
 
     def keep_spare(self) -> None:
         """Keep some room, as long as there is any."""
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        if os.path.lexists(self._spare):
-            return
         with suppress(OSError):
-            fd = os.open(self._spare, flags, 0o600)
+            if os.path.lexists(self._spare) and os.lstat(self._spare).st_size == _SPARE_BYTES:
+                return
+            fd = os.open(self._spare, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 os.write(fd, bytes(_SPARE_BYTES))
             finally:

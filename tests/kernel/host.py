@@ -19,8 +19,8 @@ VNET_LOCK, VNET_QEMU, HELPER = (
     str(Path(sys.executable).with_name(name)) for name in ("vnet-lock", "vnet-qemu", "qemu-net-helper")
 )
 RUN = Path("/run/vnet-lock")
-# What stays in it: locks, and the directory of the claims.
-EMPTY_FOR_EVER = ("claims", "guard", "hooks.lock", "host.lock", "reap.lock")
+# What stays in it: locks, the directory of the claims, and room for one more.
+STAYING = (".spare", "claims", "guard", "hooks.lock", "host.lock", "reap.lock", "watch.lock")
 LINKS = ["br0", "lo", "peer0", "up0", "v0", "v1"]
 # A machine that does nothing: its CPU is stopped, so it costs no time of the host's.
 QEMU = "qemu-system-x86_64 -accel tcg -M q35 -m 32 -display none -S"
@@ -55,9 +55,9 @@ class Host:
         return json.loads(subprocess.check_output(["ip", "-j", "-d", "link", "show", "type", "macvtap"]))
 
     def is_clean(self) -> bool:
-        """Nothing claimed, nothing made, nothing left in /run but what stays empty."""
+        """Nothing claimed, nothing made, nothing left in /run but what stays."""
         left = {path.name for path in RUN.glob("*")}
-        return not self.claims() and self.links() == LINKS and left <= {*EMPTY_FOR_EVER}
+        return not self.claims() and self.links() == LINKS and left <= {*STAYING}
 
     def helper(self, line: str, end: socket.socket | None = None, **more) -> subprocess.CompletedProcess[str]:
         """The helper; FD in the line is the number of ``end``."""

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.host import (
-    EMPTY_FOR_EVER,
     LINKS,
     MAC,
     NIC,
     QEMU,
     RUN,
+    STAYING,
     VNET_LOCK,
     VNET_QEMU,
     Host,
@@ -74,7 +74,7 @@ def has_members(group: int) -> bool:
 def leftovers(host: Host) -> list[str]:
     """What is there that shouldn't be, in words."""
     found = [f"in claims: {path.name} {path.read_text()}" for path in RUN.glob("claims/*")]
-    found += [f"file {path.name}" for path in RUN.glob("*") if path.name not in EMPTY_FOR_EVER]
+    found += [f"file {path.name}" for path in RUN.glob("*") if path.name not in STAYING]
     found += [f"link {name}" for name in host.links() if name not in LINKS]
     return found + [f"node {path}" for path in Path("/dev").glob(".vnet-lock-*")]
 

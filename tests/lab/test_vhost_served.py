@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import EMPTY_FOR_EVER
+from tests.kernel.host import STAYING
 from tests.lab.machines import READY_S, Guests
 from tests.lab.nic import run, wait_until
 from tests.lab.test_vhost_user import GUEST, back_ends
@@ -89,7 +89,7 @@ def test_a_libvirt_guest_has_it_from_its_hook(guests: Guests, hook: None) -> Non
         left = {
             one.name for one in Path("/run/vnet-lock").rglob("*") if one.suffix not in (".lock", ".hooks")
         }
-        assert left <= {*EMPTY_FOR_EVER}, left
+        assert left <= {*STAYING}, left
     finally:
         guests.end()
         wire.close()

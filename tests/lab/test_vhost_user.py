@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel.host import EMPTY_FOR_EVER
+from tests.kernel.host import STAYING
 from tests.lab.machines import READY_S, Guests, PlainGuest
 from tests.lab.nic import Nic, run, wait_until
 from tests.lab.wire import ADDRESS, Wire
@@ -182,7 +182,7 @@ def test_nothing_is_left_of_a_qemu_that_is_killed(one: Machine) -> None:
     wait_until(lambda: not back_ends(), "the back-end is gone")
     names = {path.name for path in Path("/run/vnet-lock").rglob("*")}
     left = {name for name in names if not name.endswith((".lock", ".hooks"))}
-    assert left <= {*EMPTY_FOR_EVER}, left
+    assert left <= {*STAYING}, left
     assert "@up0" not in run("ip", "link").stdout
 
 
