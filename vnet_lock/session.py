@@ -6,8 +6,7 @@ A crash anywhere leaves a claim that says what to undo; the next command that me
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import TypeVar
 
 from vnet_lock import backends, ports
@@ -15,13 +14,13 @@ from vnet_lock.backends import Connection
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.dataclass import dataclass, replace
+from vnet_lock.deciding import Deciding
 from vnet_lock.errors import Unsupported, VnetLockError
 from vnet_lock.giving_back import GivingBack
 from vnet_lock.holding import Holding
 from vnet_lock.journal import Datapath, Entry, EswitchMode, Keeper, LibvirtMacvtap
 from vnet_lock.kernel import processes
 from vnet_lock.kernel.liveness import Liveness
-from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import pf_lock
 from vnet_lock.model import (
     Claim,
@@ -35,12 +34,10 @@ from vnet_lock.model import (
     State,
     UseKind,
 )
-from vnet_lock.neighbours import needs_vlans
 from vnet_lock.outlook import Outlook
-from vnet_lock.planning import plan
 from vnet_lock.ports import Job, Opened
-from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request, error_of
-from vnet_lock.rules import Tenancy, uncovered
+from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Request
+from vnet_lock.rules import uncovered
 from vnet_lock.settings import DEFAULT, Settings
 
 T = TypeVar("T")
@@ -95,6 +92,7 @@ class Session:
         self._me = processes.this_process(settings)
         self._holding = Holding(settings, self.table, self._me)
         self._back = GivingBack(settings, self.table, self._me)
+        self._deciding = Deciding(self._outlook, self.table, self.heal)
 
     # --- asking -------------------------------------------------------------------------------
 
@@ -102,25 +100,11 @@ class Session:
         self, requests: Iterable[Request], owner: Owner | None = None, beside: bool = False
     ) -> Plan | Refusal:
         """What would be done now, in the place of what the owner has or ``beside`` it; changes nothing."""
-        requests = self._outlook.resolve(requests)
-        claims = self.table.read()
-        stale = frozenset(Liveness(self.settings).stale(claims))
-        inventory = self._outlook.observe(requests, _needs_vlans(requests, claims))
-        situation = self._outlook.situation(inventory, owner, requests)
-        left = self._outlook.left_to_host(inventory)
-        return plan(
-            requests, replace(situation, claims=claims, stale=stale, left_to_host=left, beside=beside)
-        )
+        return self._deciding.plan(self._outlook.resolve(requests), owner, beside)
 
     def held_vfs(self, pcis: Collection[PciAddress]) -> set[PciAddress]:
         """Those VFs that can't be given to anybody now: claimed, or in use."""
-        claims = self.table.read()
-        inventory = read_inventory(self.settings, [pci.text for pci in pcis])
-        stale = frozenset(Liveness(self.settings).stale(claims))
-        situation = self._outlook.situation(inventory)
-        left = self._outlook.left_to_host(inventory)
-        situation = replace(situation, claims=claims, stale=stale, left_to_host=left)
-        return {vf.pci for vf in inventory.vfs() if vf.pci in pcis and not situation.is_free(vf)}
+        return self._deciding.held_vfs(pcis)
 
     # --- taking -------------------------------------------------------------------------------
 
@@ -187,7 +171,7 @@ class Session:
                     writer.drop(claim)
             return found.assignments
 
-        return self._decide(owner, requests, write, beside=True)[1]
+        return self._deciding.decide(owner, requests, write, beside=True)[1]
 
     def activate(self, grants: Iterable[Grant]) -> None:
         """What was acquired ``beside`` is the owner's from now on, and lives as long as he does."""
@@ -264,7 +248,7 @@ class Session:
             writer.add(added)
             return added
 
-        _, added = self._decide(owner, requests, write, ignored=_OF_LIBVIRT, running=running)
+        _, added = self._deciding.decide(owner, requests, write, ignored=_OF_LIBVIRT, running=running)
         return [claim.resource.text for claim in added]
 
     def hand_over(self, old: Owner, new: Owner) -> None:
@@ -345,59 +329,7 @@ class Session:
             tokens = [each[0].token if each else "" for each in made]
             return list(zip(found.assignments, tokens, strict=True))
 
-        return self._decide(owner, requests, write, beside=beside)
-
-    def _decide(
-        self,
-        owner: Owner,
-        requests: tuple[Request, ...],
-        write: Callable[[Writer, Claims, Plan], T],
-        *,
-        beside: bool = False,
-        ignored: frozenset[UseKind] = frozenset(),
-        running: bool = False,
-    ) -> tuple[Inventory, T]:
-        """Plan, and ``write`` what comes of it, under one guard.
-
-        Heals what is stale where that is in the way, and waits a while for what is just being released.
-        Raises what speaks against it.
-        """
-        deadline = time.monotonic() + self.settings.busy_wait_s
-        may_heal = True
-        while True:
-            seen = self.table.read()
-            known = {claim.token for claim in seen.records}
-            vlans = _needs_vlans(requests, seen)
-            inventory = self._outlook.observe(requests, vlans)
-            situation = self._outlook.situation(inventory, owner, requests)
-            situation = replace(situation, beside=beside, ignored=ignored)
-            if not running:
-                situation = replace(situation, left_to_host=self._outlook.left_to_host(inventory))
-            with self.table.guarded() as writer:
-                claims = writer.read()
-                result = plan(requests, replace(situation, claims=claims))
-                # What was given back since we looked would seem to be a stranger's use, and its settings
-                # those that the device has by itself.
-                is_old = not known <= {claim.token for claim in claims.records}
-                # Who came meanwhile may be private, and then VLANs matter.
-                is_old = is_old or vlans < _needs_vlans(requests, claims)
-                is_late = time.monotonic() > deadline
-                if isinstance(result, Plan) and (is_late or not is_old):
-                    return inventory, write(writer, claims, result)
-            if is_old and not is_late:
-                continue
-            assert isinstance(result, Refusal)  # noqa: S101 - a plan was returned, or is too old
-            if may_heal and self.heal():
-                may_heal = False
-                continue
-            releasing = any(
-                claim.state is State.RELEASING
-                for claim in claims.records
-                if claim.resource == result.resource
-            )
-            if not releasing or is_late:
-                raise error_of(result)
-            time.sleep(_RETRY_S)
+        return self._deciding.decide(owner, requests, write, beside=beside)
 
     def _open(
         self, assignment: Assignment, token: str, inventory: Inventory, is_awaited: bool
@@ -467,11 +399,6 @@ def _left_by_libvirt(assignment: Assignment) -> tuple[Entry, ...]:
     if not isinstance(request, Fixed) or request.form is Form.HOSTDEV or not request.mac:
         return ()
     return (LibvirtMacvtap(str(request.device), request.mac, request.ifname),)
-
-
-def _needs_vlans(requests: Iterable[Request], claims: Claims) -> bool:
-    wanted = (Tenancy(request.policy) for request in requests if isinstance(request, Intent))
-    return needs_vlans(wanted, claims.records)
 
 
 def _is_for(claim: Claim, request: Request) -> bool:

@@ -184,6 +184,7 @@ def test_a_gc_killed_at_any_moment_is_finished_by_the_next(host, dice, net):
 # What makes, changes and removes things; what only reads can be killed at no worse moment than these.
 CHANGING = (
     "session.py",
+    "deciding.py",
     "claims.py",
     "undo.py",
     "/ports/",
