@@ -113,7 +113,10 @@ class Situation:
             found = found or self._beside(item, tenancy)
             if found:
                 return found
-        for claim in self.strangers():
+        # Both halves of a team have one MAC, and each a device of its own.
+        places = {item.resource for item in wanted}
+        own = (claim for claim in self.kept() if claim.resource in places)
+        for claim in (*self.strangers(), *own):
             if same_mac(wanted, mac, claim):
                 holder = holder_text(claim, self.pid_of)
                 message = (

@@ -284,6 +284,8 @@ def test_a_guests_own_are_no_strangers_to_what_comes_to_them() -> None:
         ("veb-sriov-vfio", "vf:0000:01:10.2")
     ]
     assert mac in refused(decide(inventory, late, claims=(standby,), beside=True, owner=DB))
+    again = replace(VEPA, mac=mac)
+    assert mac in refused(decide(inventory, again, claims=(standby,), beside=True))
     assert "alone" in refused(decide(inventory, late, claims=(private,), beside=True, owner=DB))
     # Only the switch is one for all.
     other = replace(private, combination="vepa-sriov-vfio")
