@@ -261,7 +261,7 @@ class Guests:
             subprocess.run([VNET_LOCK, "gc"], capture_output=True, timeout=120, check=False)
         for made in reversed(self._libvirt):
             virsh("destroy", made.uuid, check=False)
-            virsh("undefine", made.uuid, check=False)
+            virsh("undefine", made.uuid, "--managed-save", "--snapshots-metadata", check=False)
 
 
 def _stat(pid: int | str) -> list[str]:
