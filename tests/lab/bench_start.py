@@ -57,6 +57,7 @@ def copied() -> str:
     """Where a package's modules would be: a path of Python's."""
     place = tempfile.mkdtemp()
     shutil.copytree(Path(vnet_lock.__file__).parent, f"{place}/vnet_lock")
+    time.sleep(1)  # a server ends where it may have loaded what was changed meanwhile
     return ":".join((place, *(str(Path(one.__file__ or "").parents[1]) for one in (filelock, pyroute2))))
 
 
