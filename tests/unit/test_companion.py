@@ -2,18 +2,16 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
 import pytest
 
-from tests.fake_host import FakeHost
+from tests.fake_host import FakeHost, locked
 from tests.unit.test_hook import VF0, VF1, Told, guest
 from vnet_lock.audit import audit
 from vnet_lock.claims import ClaimTable
@@ -276,24 +274,9 @@ def test_a_guest_that_came_and_whose_link_stays_down_is_found(settings: Settings
     assert call(settings, "release")[0] == 0
 
 
-@contextmanager
-def qemu(settings: Settings) -> Iterator[int]:
+def qemu(settings: Settings) -> AbstractContextManager[int]:
     """Somebody who holds the lock on libvirt's pid file of the guest, as its QEMU does."""
-    path = Path(settings.libvirt_run) / "qemu/a.pid"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch()
-    code = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX)\n"
-        "print(flush=True); time.sleep(600)"
-    )
-    command = [sys.executable, "-c", code, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            yield process.pid
-        finally:
-            process.kill()
+    return locked(Path(settings.libvirt_run) / "qemu/a.pid")
 
 
 def test_what_is_plugged_in_is_what_libvirt_will_read(settings: Settings) -> None:
