@@ -60,6 +60,11 @@ class ClaimTable:
         """Whether a writer is at it, or one that was killed left what the next one removes."""
         return os.path.lexists(f"{self._settings.claims_dir}/{_TEMPORARY}")
 
+    def make_directories(self) -> None:
+        """Make what the run directory is to have where it is missing; raises as ``guarded``."""
+        with self.guarded():
+            pass
+
     @contextmanager
     def guarded(self) -> Iterator[Writer]:
         """Hold the table: nobody else writes while this is open, and the body must not wait for anything.

@@ -66,8 +66,7 @@ def follow(settings: Settings) -> int:
     Refused where another serves already.
     """
     load()
-    with ClaimTable(settings).guarded():
-        pass  # makes our directory
+    ClaimTable(settings).make_directories()
     with (
         resident.alone(settings, settings.hooks_lock_path, "vnet-lock hooks serve"),
         resident.woken_by_signals() as signals,

@@ -36,7 +36,7 @@ def follow(settings: Settings, heal: Callable[[], None]) -> int:
 
     ``heal`` undoes what is stale; it is called in a child.
     """
-    if not _run(lambda: _make_tree(settings)):
+    if not _run(ClaimTable(settings).make_directories):
         return VnetLockError.exit_code
     _allow_many_descriptors()
     with (
@@ -72,7 +72,7 @@ class _Reaper:
         """The claims' directory, made anew where somebody removed it."""
         with contextlib.suppress(FileNotFoundError):
             return inotify.open_watch(self._settings.claims_dir)
-        _run(lambda: _make_tree(self._settings))
+        _run(ClaimTable(self._settings).make_directories)
         return inotify.open_watch(self._settings.claims_dir)
 
     def _serve(self, watch: int) -> bool:
@@ -146,11 +146,6 @@ class _Reaper:
             if descriptor in ready:
                 os.close(self._waited.pop(process))
         return ready
-
-
-def _make_tree(settings: Settings) -> None:
-    with ClaimTable(settings).guarded():
-        pass
 
 
 def _allow_many_descriptors() -> None:

@@ -71,8 +71,7 @@ def follow(settings: Settings, session: WatchSession, uri: str | None) -> int:
     uri = _choose_uri(uri)
     watch = Watch(settings, session)
     was_there = True
-    with session.table.guarded():
-        pass  # its directory is there then, for the lock
+    session.table.make_directories()
     alone = resident.alone(settings, settings.watch_lock_path, "vnet-lock watch")
     with alone, _told_to_end(watch):
         while not watch.is_over:
