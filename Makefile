@@ -50,10 +50,11 @@ test-kernel: setup
 
 # Two VMs at once, each with a part of the ring, as a guest's boot is most of a test; what takes longer than a CI
 # has is marked long. With ARGS one VM has all of it. Emulated CPUs below emulated CPUs now and then stop a guest for
-# longer than it bears: a test that fails is run once more, and the end says which.
-IN_LAB = $(VM) $(HOST) --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
+# longer than it bears: a test that fails is run once more, and the end says which. And now and then the VM itself
+# is gone, without a word: another one has what is left.
+IN_LAB = $(VM) $(HOST) --resumable --deadline $(LAB_DEADLINE_S) --env VNET_LOCK_REQUIRE="$$VNET_LOCK_REQUIRE" \
 	--env COLUMNS="$$COLUMNS" -- sh -c \
-	'exec python -m pytest -p no:cacheprovider -v -rR --reruns 1 --durations=15 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
+	'exec python -m pytest -p no:cacheprovider -p tests.lab.resume -v -rR --reruns 1 --durations=15 --junitxml="$$VNET_LAB_RESULTS/junit.xml" "$$@"' pytest
 lab_tests = $(patsubst %,tests/lab/test_%.py,$(1))
 LAB_LIBVIRT := $(call lab_tests,contenders hotplug late_vf life main_job rerun vlan whole_pf)
 LAB_DATAPATH := $(filter-out $(LAB_LIBVIRT),$(wildcard tests/lab/test_*.py))

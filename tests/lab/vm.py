@@ -5,7 +5,7 @@ emulated SR-IOV NIC (QEMU's igb), and a second one for a second host. One direct
 results. Never changes the machine that it runs on outside ``.lab`` of the checkout.
 
     python -m tests.lab.vm [--deadline SECONDS] [--results DIR] [--env NAME=VALUE]... [--cpus N] [--older]
-        -- COMMAND...
+        [--resumable] -- COMMAND...
     python -m tests.lab.vm --shell
 """
 
@@ -40,6 +40,7 @@ LOST = 125
 MEMORY_MB = 2750
 # vng mounts a tmpfs over these.
 _HIDDEN = ("/var/tmp", "/var/log", "/run", "/dev/shm")
+_TRACED = "trace:runstate_set,trace:qemu_system_*_request"
 # No router there gives out addresses: a host's are its tests'.
 CABLE = "user,ipv6=off"
 # What a boot and the collecting of logs may take beside the command itself.
@@ -75,6 +76,8 @@ class Vm:
     cpus: int = 1
     # Its clock counts instructions, 4 ns each: what it measures doesn't depend on how busy the machine is.
     counted: bool = False
+    # The command takes up where it was when its VM was lost, see resume.py: it is run in another one.
+    resumable: bool = False
     # More of the kernel's command line.
     kernel_words: Sequence[str] = ()
     # What the NICs' switch leads to, as QEMU's -netdev without its id.
@@ -125,6 +128,8 @@ class Vm:
             # The root once more, for the inside script to mount with a cache: vng's own has none.
             "--qemu-opts=-fsdev local,id=fast,path=/,security_model=none,readonly=on,multidevs=remap",
             "--qemu-opts=-device virtio-9p-pci,fsdev=fast,mount_tag=fast",
+            # An end that nobody asked for, an emulated CPU's triple fault say, is told there only.
+            f"--qemu-opts=-D {self.results}/qemu.log -d cpu_reset,{_TRACED}",
             *(["--qemu-opts=-icount shift=2"] if self.counted else []),
             "--append", " ".join(("intel_iommu=on", *self.kernel_words)),
             *console,
@@ -149,13 +154,19 @@ class Vm:
         for number, boot_s in enumerate(self.tries_s, 1):
             outcome = self._boot(deadline, min(deadline, time.monotonic() + boot_s))
             is_last = number == len(self.tries_s) or time.monotonic() >= deadline
-            if outcome.exit_code != LOST or self._has_started or is_last:
+            # Where nothing of the command has run, nothing is hidden by another try.
+            is_again = self.resumable or not self._has_started
+            if outcome.exit_code != LOST or is_last or not is_again:
                 break
-            # Nothing of the command has run, so nothing is hidden by another try.
             say(f"{outcome.complaint}; once more")
-            with contextlib.suppress(FileNotFoundError):
-                (self.results / "console.log").replace(self.results / "console-lost.log")
+            self._put_aside(self.results / f"lost-{number}")
         return outcome
+
+    def _put_aside(self, lost: Path) -> None:
+        """What a lost VM wrote, before the next one writes there."""
+        lost.mkdir(exist_ok=True)
+        for log in self.results.glob("*.log"):
+            log.replace(lost / log.name)
 
     def _boot(self, deadline: float, boot_deadline: float) -> Outcome:
         started = time.monotonic()
@@ -312,6 +323,9 @@ def main() -> int:
     parser.add_argument("--kernel", action="append", default=[], metavar="WORD", help="for its command line")
     parser.add_argument("--cable", default="", help="QEMU's -netdev behind the NICs' switch")
     parser.add_argument("--older", action="store_true", help="with the release's own libvirt, see older.py")
+    parser.add_argument(
+        "--resumable", action="store_true", help="if the VM is lost, run COMMAND in another one"
+    )
     parser.add_argument("--shell", action="store_true", help="an interactive shell in the VM")
     parser.add_argument("command", nargs="*")
     options = parser.parse_args()
@@ -326,6 +340,7 @@ def main() -> int:
             environment,
             cpus=options.cpus,
             counted=options.counted,
+            resumable=options.resumable,
             kernel_words=options.kernel,
             cable=options.cable,
             older=older.unpack(LAB) if options.older else None,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +13,23 @@ from pathlib import Path
 import pytest
 
 from tests.lab import older
-from tests.lab.vm import HUNG, LOST, TRIES_S, Outcome, Vm
+from tests.lab.vm import HUNG, LOST, TOP, TRIES_S, Outcome, Vm
 
 
-def end_as(tmp_path: Path, story: str, deadline_s: float = 30, tries_s: Sequence[float] = TRIES_S) -> Outcome:
+def end_as(
+    tmp_path: Path,
+    story: str,
+    deadline_s: float = 30,
+    tries_s: Sequence[float] = TRIES_S,
+    *,
+    resumable: bool = False,
+) -> Outcome:
     """The outcome of a VM whose life is ``story``, in shell, in the results directory."""
     results = tmp_path / "results"
     vng = tmp_path / "vng"
     vng.write_text(f"#!/bin/sh\ncd {results}\n{story}\n")
     vng.chmod(0o755)
-    return Vm(["true"], results, deadline_s, tries_s=tries_s, vng=str(vng)).run()
+    return Vm(["true"], results, deadline_s, resumable=resumable, tries_s=tries_s, vng=str(vng)).run()
 
 
 @pytest.mark.parametrize("code", [0, 1, 7])
@@ -47,6 +57,75 @@ def test_a_vm_that_is_lost_before_its_command_ran_is_booted_once_more(tmp_path: 
     outcome = end_as(tmp_path, "echo boot >>boots")
     boots = (tmp_path / "results/boots").read_text().count("boot")
     assert (outcome.exit_code, boots) == (LOST, len(TRIES_S))
+
+
+def test_a_command_that_can_resume_is_run_in_another_vm_when_its_own_is_lost(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lost_once = "echo a word; : >started; [ -e again ] || { : >again; exit; }; echo 4 >exit-code"
+    outcome = end_as(tmp_path, lost_once, resumable=True)
+    assert (outcome.exit_code, outcome.complaint) == (4, "")
+    assert "s while running its command (vng's exit code 0)" in capfd.readouterr().out
+    assert (tmp_path / "results/lost-1/output.log").read_text() == "a word\n"
+    outcome = end_as(tmp_path, "echo boot >>boots; : >started", resumable=True)
+    boots = (tmp_path / "results/boots").read_text().count("boot")
+    assert (outcome.exit_code, boots) == (LOST, len(TRIES_S))
+
+
+THREE_TESTS = """
+import os, pathlib
+tries = pathlib.Path(os.environ["VNET_LAB_RESULTS"], "tries")
+def try_it(name):
+    with tries.open("a") as file:
+        file.write(name)
+    return tries.read_text()
+def test_a():
+    try_it("a")
+def test_b():
+    if "b" not in try_it("b")[:-1]:
+        assert 0
+def test_c():
+    if "c" not in try_it("c")[:-1]:
+        os.abort()
+"""
+
+
+@pytest.mark.parametrize(
+    ("reruns", "tried", "end"), [(1, "abbc", "1 passed, 2 deselected"), (0, "abc", "2 passed")]
+)
+def test_what_passed_in_a_lost_vm_is_not_run_again(tmp_path: Path, reruns: int, tried: str, end: str) -> None:
+    (tmp_path / "test_three.py").write_text(THREE_TESTS)
+    results = tmp_path / "results"
+    results.mkdir()
+    pytest_ = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "tests.lab.resume",
+        "-c",
+        os.devnull,
+    ]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*pytest_, f"--reruns={reruns}", str(tmp_path / "test_three.py")],
+            cwd=TOP,
+            env={**os.environ, "VNET_LAB_RESULTS": str(results)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert run().returncode == -signal.SIGABRT
+    assert (results / "tries").read_text() == tried
+    again = run()
+    assert end in again.stdout
+    assert again.returncode == 0
+    # Where all passed something is run all the same.
+    assert "1 passed, 2 deselected" in run().stdout
 
 
 def test_a_vm_that_hangs_while_it_boots_is_booted_once_more(
