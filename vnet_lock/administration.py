@@ -31,7 +31,7 @@ from vnet_lock.situation import device_of, find_resource, function_wanted, nic_w
 class Administration(Session):
     """A session in which a resource is claimed, given back or made by its name."""
 
-    def claim(self, owner: Owner, word: Resource | PciAddress, mode: Mode, interface: str = BY_HAND) -> Claim:
+    def claim(self, owner: Owner, word: Resource | PciAddress, mode: Mode) -> Claim:
         """Claim a resource for a process that uses it in its own way; nothing is changed or journalled.
 
         BadInput where there is no such device, or a VF is to be shared; Refused where it isn't free.
@@ -40,7 +40,7 @@ class Administration(Session):
         inventory = read_inventory(self.settings, [device_of(word)], vlans=True)
         resource = find_resource(word, inventory, self.table.read().on)
         wanted = _wanted_for(inventory, resource, mode)
-        request = Fixed(interface, resource.pci or resource.name, Form.HOSTDEV)
+        request = Fixed(BY_HAND, resource.pci or resource.name, Form.HOSTDEV)
         situation = self._outlook.situation(inventory, owner)
         with self.table.guarded() as writer:
             claims = writer.read()
@@ -74,10 +74,8 @@ class Administration(Session):
         failures: list[str] = []
         stale = Liveness(self.settings).stale(claims)
         for claim in claims.on(resource):
-            # What a helper's command has was made for it, as a guest's is.
-            by_hand = claim.owner.kind is OwnerKind.PROCESS and claim.combination is None
             is_stale = claim.token in stale
-            if not force and not by_hand and not is_stale:
+            if not force and not claim.is_by_hand and not is_stale:
                 obstacle = situation.obstacle([Wanted(claim.resource, Mode.EXCLUSIVE, claim.pf)])
                 message = (
                     obstacle.message if obstacle else f"{name_of(resource)} is held by {claim.owner.text}"

@@ -266,6 +266,12 @@ class Claim:
     vlan: int | None = None
     reservation: Reservation | None = None
 
+    @property
+    def is_by_hand(self) -> bool:
+        """Whether a person made it; what a helper's command has was made for it, as a guest's is."""
+        is_process = self.owner.kind is OwnerKind.PROCESS
+        return is_process and self.interface == BY_HAND and self.combination is None
+
 
 @dataclass(frozen=True, slots=True)
 class Damaged:

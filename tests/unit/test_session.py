@@ -648,13 +648,16 @@ def test_a_living_guests_claim_takes_force(host: FakeHost, session: Administrati
     assert held(host) == {}
 
 
-def test_a_helpers_living_command_takes_force(host: FakeHost, session: Administration) -> None:
+@pytest.mark.parametrize(("interface", "combination"), [("net0", "veb-sriov-tap"), ("vfs", None)])
+def test_a_living_command_of_ours_takes_force(
+    host: FakeHost, session: Administration, interface: str, combination: str | None
+) -> None:
     """What it has was made for it; a claim by hand is another thing of such an owner's."""
     vf = Resource.vf(host.vfs[0])
-    made = Claim(
-        vf, Mode.EXCLUSIVE, State.ACTIVE, person(WEB), "a" * 16, "net0", 0.0, combination="veb-sriov-tap"
+    mine = person(WEB)
+    host.claim(
+        Claim(vf, Mode.EXCLUSIVE, State.ACTIVE, mine, "a" * 16, interface, 0.0, combination=combination)
     )
-    host.claim(made)
     with pytest.raises(Refused, match="--force"):
         session.release_resource(vf)
     assert session.release_resource(vf, force=True)
@@ -682,7 +685,7 @@ def test_a_release_by_hand_that_the_kernel_fails_is_no_refusal(
     vf = host.vfs[0]
     put(host, vf, person(WEB), journal=(Driver(vf.text, "gone-driver"),))
     with pytest.raises(VnetLockError, match="gone-driver") as caught:
-        session.release_resource(Resource.vf(vf))
+        session.release_resource(Resource.vf(vf), force=True)
     assert caught.value.exit_code == 1
     assert len(held(host)) == 1
 

@@ -10,7 +10,7 @@ from vnet_lock.dataclass import dataclass
 from vnet_lock.front.command import printable
 from vnet_lock.front.report_json import asked_text
 from vnet_lock.journal import to_json
-from vnet_lock.model import BY_HAND, Claim, Mode, Nic, Pf, Resource, ResourceKind, Vf, name_of
+from vnet_lock.model import Claim, Mode, Nic, Pf, Resource, ResourceKind, Vf, name_of
 from vnet_lock.request import Fixed, Plan, Refusal, Rejection, Request
 from vnet_lock.rules import since_text
 
@@ -299,14 +299,14 @@ def _device_lines(audit: Audit, resource: Resource) -> Iterator[str]:
     elif nic:
         yield ", ".join(word for word in (_kind_text(nic), nic.mac, "up" if nic.up else "down") if word)
     elif resource.kind is ResourceKind.IP:
-        by_hand = any(map(_is_by_hand, audit.state_of(resource).claims))
+        by_hand = any(claim.is_by_hand for claim in audit.state_of(resource).claims)
         yield "an IP address" if by_hand else "an address of a routed guest"
     else:
         yield "there is no such device here"
 
 
 def _claim_lines(claim: Claim) -> Iterator[str]:
-    if not _is_by_hand(claim):
+    if not claim.is_by_hand:
         yield f"for {claim.interface}" + (f" as {claim.combination}" if claim.combination else "")
     if claim.owner.uuid:
         yield f"uuid {claim.owner.uuid}"
@@ -318,10 +318,6 @@ def _claim_lines(claim: Claim) -> Iterator[str]:
         kind = known.pop("kind")
         words = " ".join(f"{key}={_value(value)}" for key, value in known.items() if value is not None)
         yield f"to undo: {kind} {words}"
-
-
-def _is_by_hand(claim: Claim) -> bool:
-    return claim.interface == BY_HAND and not claim.combination
 
 
 def _value(value: object) -> str:

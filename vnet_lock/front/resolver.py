@@ -28,7 +28,7 @@ _SERVED = "a process of ours serves its socket"
 _OURS = "vnet-lock:"
 
 
-class Planner(Protocol):
+class ResolveSession(Protocol):
     """What resolving takes of a session."""
 
     settings: Settings
@@ -49,14 +49,14 @@ class Resolved:
     late: Mapping[str, str]
 
 
-def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = True) -> Resolved:
+def resolve(session: ResolveSession, xml: bytes, owner: Owner | None, *, full: bool = True) -> Resolved:
     """The guest with its interfaces chosen now (``full``), or left to the hook at each start.
 
     Raises what speaks against it: BadInput, Refused, Unsupported.
     """
     guest, wishes = read_wishes(xml)
     if full:
-        forms, late = _choose(planner, guest.requests, wishes, owner)
+        forms, late = _choose(session, guest.requests, wishes, owner)
     else:
         forms, late = {}, dict.fromkeys((wish.intent.interface for wish in wishes), "")
     forms |= {
@@ -71,7 +71,7 @@ def resolve(planner: Planner, xml: bytes, owner: Owner | None, *, full: bool = T
     return Resolved(written, forms, late)
 
 
-def resolve_alone(planner: Planner, xml: bytes, owner: Owner) -> tuple[bytes, tuple[Request, ...]]:
+def resolve_alone(session: ResolveSession, xml: bytes, owner: Owner) -> tuple[bytes, tuple[Request, ...]]:
     """The guest as libvirt is to get it where no hook runs, and what is to be claimed and made for it before.
 
     Its macvtaps are ours, too. Raises as ``resolve``, and Unsupported for what only a hook serves.
@@ -82,7 +82,7 @@ def resolve_alone(planner: Planner, xml: bytes, owner: Owner) -> tuple[bytes, tu
             f"interface {served.intent.interface}: only libvirt's hook serves one of type vhostuser; write"
             " <interface type='ethernet'> in its place, or have the system daemon start the guest"
         )
-    chosen, _ = _choose(planner, guest.requests, wishes, owner)
+    chosen, _ = _choose(session, guest.requests, wishes, owner)
     forms: dict[str, InterfaceForm | None] = {}  # in the user's order
     intents: dict[str, Intent] = {}
     for alias, intent in ((wish.intent.interface, wish.intent) for wish in wishes):
@@ -103,26 +103,26 @@ def planned_anew(take: Callable[[], T]) -> T:
     return take()
 
 
-def choose_one(planner: Planner, intent: Intent, owner: Owner) -> InterfaceForm | str:
+def choose_one(session: ResolveSession, intent: Intent, owner: Owner) -> InterfaceForm | str:
     """The form of one more interface of a guest, or why libvirt can't open it itself."""
     intent = full_intent(Wish(intent, ""))
-    (assignment,) = _plan(planner, (intent,), owner, beside=True)
-    return form_of(planner.settings, assignment)
+    (assignment,) = _plan(session, (intent,), owner, beside=True)
+    return form_of(session.settings, assignment)
 
 
 def _choose(
-    planner: Planner, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
+    session: ResolveSession, others: tuple[Request, ...], wishes: tuple[Wish, ...], owner: Owner | None
 ) -> tuple[dict[str, InterfaceForm | None], dict[str, str]]:
     served = late_intents(tuple(wish for wish in wishes if wish.is_vhost_user))
     requests = (*others, *served, *(full_intent(wish) for wish in wishes if not wish.is_vhost_user))
     forms: dict[str, InterfaceForm | None] = {}
     late: dict[str, str] = {}
-    for assignment in _plan(planner, requests, owner, beside=False) if wishes else ():
+    for assignment in _plan(session, requests, owner, beside=False) if wishes else ():
         if not isinstance(assignment.request, Intent):
             continue
         alias = assignment.request.interface
         is_served = any(alias == intent.interface for intent in served)
-        form = _SERVED if is_served else form_of(planner.settings, assignment)
+        form = _SERVED if is_served else form_of(session.settings, assignment)
         if isinstance(form, InterfaceForm):
             forms[alias] = form
         else:
@@ -131,9 +131,9 @@ def _choose(
 
 
 def _plan(
-    planner: Planner, requests: tuple[Request, ...], owner: Owner | None, *, beside: bool
+    session: ResolveSession, requests: tuple[Request, ...], owner: Owner | None, *, beside: bool
 ) -> tuple[Assignment, ...]:
-    found = planner.plan(requests, owner, beside)
+    found = session.plan(requests, owner, beside)
     if isinstance(found, Refusal):
         raise error_of(found)
     return found.assignments

@@ -69,7 +69,7 @@ _DESCRIPTORS = {
 }
 
 
-class Planner(Protocol):
+class PlanSession(Protocol):
     """What showing a command takes of a session."""
 
     def plan(self, requests: Sequence[Request]) -> Plan | Refusal: ...  # noqa: D102
@@ -135,7 +135,7 @@ def run(
     args: Sequence[str],
     settings: Settings,
     open_session: Callable[[], Lifecycle],
-    open_planner: Callable[[], Planner],
+    open_planner: Callable[[], PlanSession],
 ) -> int:
     """As ``main``, with errors raised."""
     if not args or args[0] in ("--help", "-h"):
@@ -217,7 +217,7 @@ def _default_program() -> str:
     return f"qemu-system-{_TARGETS.get(machine, machine)}"
 
 
-def show(command: Command, argv: QemuArgv, open_planner: Callable[[], Planner]) -> None:
+def show(command: Command, argv: QemuArgv, open_planner: Callable[[], PlanSession]) -> None:
     """Print the command that would run; raises what running it would raise."""
     import shlex  # 3 ms
 
