@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterable
-from typing import TypeVar
 
 from vnet_lock import backends, ports
 from vnet_lock.backends import Connection
@@ -40,9 +39,6 @@ from vnet_lock.request import Assignment, Fixed, Form, Intent, Plan, Refusal, Re
 from vnet_lock.rules import uncovered
 from vnet_lock.settings import DEFAULT, Settings
 
-T = TypeVar("T")
-
-_RETRY_S = 0.05
 # Evidence of what libvirt itself did for a guest that is about to run, or runs.
 _OF_LIBVIRT = frozenset(UseKind) - {UseKind.VFIO}
 
