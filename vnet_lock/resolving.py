@@ -95,9 +95,12 @@ def made_late(intent: Intent, guest: str) -> tuple[Intent, InterfaceForm]:
 
 
 def name_link(guest: str, alias: str) -> str:
-    """A name for a guest's tap or macvtap: ``web7-net0``, or a checksum where that is too long or odd."""
-    name = f"{guest}-{alias.removeprefix('ua-')}"
-    if name.isascii() and is_ifname(name) and not name.startswith(_RESERVED):
+    """A name for a guest's tap or macvtap: ``web7-net0``; a checksum where that is long, odd or unclear."""
+    short = alias.removeprefix("ua-")
+    name = f"{guest}-{short}"
+    # Else web's vm-net0 and web-vm's net0 were one.
+    is_only_its = "-" not in short
+    if is_only_its and name.isascii() and is_ifname(name) and not name.startswith(_RESERVED):
         return name
     return f"g{zlib.crc32(guest.encode()):08x}{zlib.crc32(alias.encode()) & 0xFFFFFF:06x}"
 

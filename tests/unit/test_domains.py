@@ -25,6 +25,7 @@ from vnet_lock.front.libvirt_guest import read_owner
 from vnet_lock.front.resolver import resolve_alone
 from vnet_lock.model import Claim, Mode, PciAddress, Process, Resource, State
 from vnet_lock.request import Fixed, Request
+from vnet_lock.resolving import name_link
 from vnet_lock.session import Session
 
 PF = PciAddress.parse("0000:01:00.0")
@@ -135,6 +136,20 @@ def test_the_late_form_comes_back_as_it_was(run, write, tmp_path):
     resolved.write_text(out)
     assert run("resolve", "--form", "late", str(resolved)) == (0, Path(path).read_text(), "")
     assert run("resolve", "--form=late", path) == (0, Path(path).read_text(), "")
+
+
+def test_devices_of_different_guests_have_different_names():
+    assert name_link("web-vm", "ua-net0") == "web-vm-net0"
+    names = {name_link("web-vm", "ua-net0"), name_link("web", "ua-vm-net0"), name_link("web", "vm-net0")}
+    assert len(names) == 3
+    odd = [
+        ("web", "ua-net0" * 3),
+        ("wéb", "ua-net0"),
+        ("vnet", "ua-net0"),
+        ("w b", "ua-net0"),
+        ("w/b", "ua-0"),
+    ]
+    assert all(re.fullmatch("g[0-9a-f]{14}", name_link(*one)) for one in odd)
 
 
 def test_what_only_the_hook_can_make_is_left_to_it_with_the_reason(run, write):
