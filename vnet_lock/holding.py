@@ -85,6 +85,9 @@ class Holding:
         path = wanted or self._settings.socket_path(token)
         if not re.fullmatch(re.escape(self._settings.run) + r"/[\w.-]+\.sock", path):
             raise BadInput(f"{path} is no place for a socket of ours; use {self._settings.run}/NAME.sock")
+        # What is in the journal goes at the guest's end.
+        if path == self._settings.hooks_socket_path:
+            raise BadInput(f"{path} is no place for a socket of a guest: libvirt's hooks call there")
         entry = SocketFile(path)
         with self._table.guarded() as writer:
             claims = writer.read()

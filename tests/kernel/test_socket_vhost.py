@@ -14,7 +14,7 @@ import pytest
 
 from vnet_lock.backends import socket_vhost
 from vnet_lock.combination import Backend, Combination, Policy, Port
-from vnet_lock.errors import VnetLockError
+from vnet_lock.errors import BadInput, VnetLockError
 from vnet_lock.front.supervisor import uid_of
 from vnet_lock.journal import SocketFile
 from vnet_lock.kernel import netns
@@ -68,6 +68,19 @@ def test_a_back_end_that_cannot_serve_says_why_and_nothing_of_it_stays(
     while "macvlan" in ip("-d link show dev v0") or "upper" in str(os.listdir("/sys/class/net/v0")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_guest_never_gets_the_socket_of_the_hooks_and_its_end_takes_none_away(settings: Settings) -> None:
+    session = Session(settings)
+    owner = Owner(OwnerKind.QEMU, "web1", read_boot_id(settings), process=this_process(settings))
+    path = settings.hooks_socket_path
+    intent = Intent("net0", Policy.VEB, ("v0",), (Port.MACVLAN,), (Backend.SOCKET_VHOST,), socket=path)
+    (grant,) = session.acquire(owner, [intent])
+    with socket_vhost.listen(path):
+        with pytest.raises(BadInput, match=r"hooks\.sock is no place for a socket of a guest"):
+            session.connect(grant)
+        session.release(owner)
+        assert os.path.exists(path)
 
 
 def test_the_socket_is_its_owners_alone_whatever_the_umask(tmp_path: Path) -> None:
