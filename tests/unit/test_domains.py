@@ -706,6 +706,24 @@ def test_what_comes_back_while_it_is_detached_stays_claimed(host, plug, guest):
     assert [each.state for each in claims(host)] == [State.ACTIVE]
 
 
+def test_a_guest_that_ends_right_after_it_was_attached_to_keeps_nothing(host, plug, guest):
+    """Its `release` finds a claim that lives by the command still, and leaves it alone."""
+    install(host.settings)
+    attach = guest.attach
+    with locked(Path(host.settings.libvirt_run) / "qemu/driver.pid") as pid:
+        host.add_process(pid, "libvirtd")
+        Path(host.settings.looked_path(pid)).touch()
+
+        def attach_and_end(xml: str) -> None:
+            attach(xml)
+            guest.is_active = False
+            Session(host.settings).release(read_owner(host.settings, "web1", UUID, pid))
+
+        guest.attach = attach_and_end
+        assert plug("attach", "web1", *WORDS)[0] == 0
+        assert claims(host) == []
+
+
 def test_an_empty_word_detaches_nothing(host, plug, guest):
     start_by_hook(host, guest, PLAIN.format(0, "<alias name='hostdev0'/>"))
     code, _, err = plug("detach", "web1", "")
