@@ -69,6 +69,11 @@ class Deciding:
         may_heal = True
         while True:
             seen = self._table.read()
+            if may_heal and any(claim.owner.boot_id != owner.boot_id for claim in seen.records):
+                # What it shared would be taken for what is there now.
+                may_heal = False
+                self._heal()
+                continue
             inventory = self._outlook.observe(requests, _needs_vlans(requests, seen))
             situation = self._outlook.situation(inventory, owner, requests)
             situation = replace(situation, beside=beside, ignored=ignored)

@@ -19,7 +19,7 @@ from vnet_lock.kernel.observe import read_inventory
 from vnet_lock.locks import host_lock, pf_lock
 from vnet_lock.model import Claim, Mode, Process, State, UseKind, name_of
 from vnet_lock.settings import Settings
-from vnet_lock.undo import end_keeper, undo
+from vnet_lock.undo import end_keeper, remove_files, undo
 
 # What must hold of one interface's claims, asked under the guard.
 Still = Callable[[tuple[Claim, ...]], bool]
@@ -105,6 +105,11 @@ class GivingBack:
     def _undo_marked(self, claims: tuple[Claim, ...], wait_s: float) -> list[str]:
         """Wait until the devices are free and undo what the journals say; return what could not be done."""
         try:
+            boot_id = processes.read_boot_id(self._settings)
+            if all(claim.owner.boot_id != boot_id for claim in claims):
+                for claim in claims:
+                    remove_files(self._settings, claim)
+                return []
             # It would hold the device for ever.
             for entry in (one for claim in claims for one in claim.journal if isinstance(one, Keeper)):
                 end_keeper(self._settings, entry)

@@ -52,6 +52,21 @@ def undo(settings: Settings, claim: Claim, shared: Collection[str] = ()) -> list
     return failures
 
 
+def remove_files(settings: Settings, claim: Claim) -> None:
+    """Remove what another boot left of the claim: files, where the run directory outlived it.
+
+    All else went with its kernel. What has the same name now is as this boot wants it.
+    """
+    for entry in claim.journal:
+        if isinstance(entry, SocketFile):
+            with suppress(FileNotFoundError):
+                os.unlink(entry.path)
+        elif isinstance(entry, DhcpServer):
+            from vnet_lock.kernel import dnsmasq
+
+            dnsmasq.remove_file(settings, entry.bridge, entry.pid)
+
+
 def end_keeper(settings: Settings, entry: Keeper) -> None:
     """End what serves a guest; VnetLockError where it doesn't end."""
     from vnet_lock.kernel import background

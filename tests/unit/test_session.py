@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.fake_host import BOOT_ID, VFIO, FakeHost, routing_id
+from tests.fake_host import BOOT_ID, VFIO, FakeHost, build, routing_id
 from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import BadInput, Refused, VnetLockError
-from vnet_lock.journal import Driver, Link, Sysctl
+from vnet_lock.journal import Driver, Link, SocketFile, Sysctl
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.locks import guard
 from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State
@@ -433,6 +433,32 @@ def test_a_claim_whose_pid_is_anothers_by_now_is_healed(host: FakeHost, session:
 def test_a_claim_of_another_boot_is_healed(host: FakeHost, session: Session) -> None:
     put(host, host.vfs[0], replace(qemu(WEB), boot_id="another"))
     session.heal()
+    assert held(host) == {}
+
+
+def test_of_another_boot_nothing_is_put_back_but_files_are_removed(host: FakeHost, session: Session) -> None:
+    """The kernel that had it is gone: what is called so now is as whoever set this boot up wants it."""
+    vf, path = host.vfs[0], Path(f"{host.settings.proc}/sys/{SETTING}")
+    build(host.root, {f"proc/sys/{SETTING}": "1"})
+    left = Path(host.settings.socket_path(TOKEN))
+    left.touch()
+    journal = (Sysctl(SETTING, "0"), Driver(vf.text, "gone-driver"), SocketFile(str(left)))
+    put(host, vf, replace(qemu(WEB), boot_id="another"), journal=journal)
+    host.open_vfio(DB, vf)
+    assert session.heal()[0].failures == ()
+    assert held(host) == {}
+    assert path.read_text() == "1"
+    assert not left.exists()
+
+
+def test_what_a_guest_of_another_boot_shared_is_nothing_that_there_is_now(
+    host: FakeHost, session: Session
+) -> None:
+    build(host.root, {f"proc/sys/{SETTING}": "1"})
+    put(host, host.vfs[0], replace(qemu(DB), boot_id="another"), journal=(Sysctl(SETTING, "0"),))
+    forward(host, session, host.vfs[1], qemu(WEB))
+    session.release(qemu(WEB))
+    assert read_setting(host) == "1"
     assert held(host) == {}
 
 

@@ -49,8 +49,13 @@ def start(
 def end(settings: Settings, bridge: str, process: Process) -> None:
     """End precisely this process, if it lives, and remove its file; VnetLockError where it doesn't end."""
     background.end(settings, process, "dnsmasq")
+    remove_file(settings, bridge, process.pid)
+
+
+def remove_file(settings: Settings, bridge: str, pid: int) -> None:
+    """Remove the file of one that has ended."""
     with suppress(FileNotFoundError):
-        os.unlink(_pid_file(settings, bridge, process.pid))
+        os.unlink(_pid_file(settings, bridge, pid))
 
 
 def _words(bridge: str, pool: tuple[str, str, str]) -> list[str]:
