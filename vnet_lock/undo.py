@@ -161,10 +161,23 @@ def _restore_sysctls(settings: Settings, saved: Sysctls) -> None:
             sysctl.restore(settings, f"{saved.directory}/{name}", value)
 
 
+def _netdev_of_pf(settings: Settings, pf: str) -> str:
+    """The network device by which a PF is told; Vanished where it isn't there.
+
+    VnetLockError where it has VFs still, and so all that was set, but is in another network namespace, say.
+    """
+    netdev = before.read_netdev(settings, PciAddress.parse(pf))
+    if netdev is not None:
+        return netdev
+    message = f"PF {pf} has no network device here"
+    names = sysfs.list_names(f"{settings.sys}/bus/pci/devices/{pf}")
+    if any(name.startswith("virtfn") for name in names):
+        raise VnetLockError(f"{message}, so what was set by it stays; bring that back, then: vnet-lock gc")
+    raise Vanished(message)
+
+
 def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:
-    netdev = before.read_netdev(settings, PciAddress.parse(saved.pf))
-    if netdev is None:
-        raise Vanished(f"PF {saved.pf} has no network device here")
+    netdev = _netdev_of_pf(settings, saved.pf)
     info = rtnetlink.read_vf_admin(netdev).get(saved.index)
     if info is None:
         raise Vanished(f"PF {saved.pf} has no VF {saved.index}")
@@ -187,9 +200,7 @@ def _restore_vf_admin(settings: Settings, saved: VfAdmin) -> None:
 
 
 def _restore_eswitch_mode(settings: Settings, saved: EswitchMode) -> None:
-    netdev = before.read_netdev(settings, PciAddress.parse(saved.pf))
-    if netdev is None:
-        raise Vanished(f"PF {saved.pf} has no network device here")
+    netdev = _netdev_of_pf(settings, saved.pf)
     # What is neither was set by somebody else since, and isn't ours to change.
     if saved.mode == saved.before or eswitch.read_mode(netdev) != saved.mode:
         return

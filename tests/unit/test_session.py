@@ -22,7 +22,7 @@ from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
 from vnet_lock.errors import BadInput, Refused, VnetLockError
-from vnet_lock.journal import Driver, Link, SocketFile, Sysctl
+from vnet_lock.journal import Driver, EswitchMode, Link, SocketFile, Sysctl, VfAdmin
 from vnet_lock.kernel.processes import read_boot_id, this_process
 from vnet_lock.locks import guard
 from vnet_lock.model import Claim, Mode, Owner, OwnerKind, PciAddress, Process, Resource, State
@@ -545,6 +545,26 @@ def test_what_is_gone_is_undone(host: FakeHost, session: Session) -> None:
     journal = (Link(vf.text, "52:54:00:00:00:09", 1500, False), Driver(vf.text, "igbvf"))
     put(host, vf, qemu(999), journal=journal)
     host.remove_vf(PF.text, 2)
+    assert session.heal()[0].failures == ()
+    assert held(host) == {}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [VfAdmin(PF.text, 0, "52:54:00:00:00:09", 42, 0), EswitchMode(PF.text, "veb", "vepa")],
+    ids=["vf-admin", "eswitch-mode"],
+)
+def test_what_only_a_pf_can_put_back_waits_for_one_that_is_elsewhere(
+    host: FakeHost, session: Session, entry: VfAdmin | EswitchMode
+) -> None:
+    """In another network namespace, say: its VFs keep what was set, so the next guest would have it."""
+    put(host, host.vfs[0], qemu(999), journal=(entry,))
+    os.rename(f"{host.settings.sys}/bus/pci/devices/{PF}/net", f"{host.root}/elsewhere")
+    (healed,) = session.heal()
+    assert f"PF {PF} has no network device here" in healed.failures[0]
+    assert held(host) == {f"vf:{host.vfs[0]}": "vm999"}
+    for index in range(3):
+        host.remove_vf(PF.text, index)
     assert session.heal()[0].failures == ()
     assert held(host) == {}
 
