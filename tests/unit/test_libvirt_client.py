@@ -58,6 +58,17 @@ def test_ending_a_guest_that_has_no_qemu_is_no_error(libvirt):
     assert guest.state is DomainState.SHUT_OFF
 
 
+def test_a_transient_guest_that_has_ended_is_not_active(libvirt):
+    guest = libvirt.find("test")
+    assert guest.is_active
+    guest.handle.undefine()
+    guest.destroy()
+    with pytest.raises(BadInput, match="Domain not found"):
+        _ = guest.state
+    assert not guest.is_active
+    guest.destroy()
+
+
 def test_what_happens_is_told_in_order(libvirt):
     libvirt.listen()
     guest = libvirt.define(GUEST)

@@ -114,7 +114,7 @@ def attach(settings: Settings, args: Namespace, connect: Connect | None = None) 
         if daemon is not None and not find_lack(settings):
             # From its end until libvirt has given all back the guest lives by its daemon.
             session.hand_over(owner, replace(owner, process=daemon))
-            if not _is_active(domain):
+            if not domain.is_active:
                 # Its `release` left alone what lived by us, and no other comes.
                 session.give_back(grants)
     devices = "".join(f": {name_of(grant.assignment.device)}" for grant in grants if grant.token)
@@ -349,16 +349,9 @@ def _plugged(domain: Domain) -> tuple[Plugged, ...]:
 def _still_plugged(domain: Domain) -> tuple[Plugged, ...]:
     """What it has; nothing of one that has ended, whatever its definition says."""
     try:
-        return _plugged(domain) if _is_active(domain) else ()
+        return _plugged(domain) if domain.is_active else ()
     except BadInput:  # it was transient, and isn't known any more
         return ()
-
-
-def _is_active(domain: Domain) -> bool:
-    try:
-        return domain.is_active
-    except BadInput:  # it was transient, and isn't known any more
-        return False
 
 
 def _find_plugged(domain: Domain, word: str) -> Plugged | None:

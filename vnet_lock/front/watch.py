@@ -147,14 +147,14 @@ class Watch:
         added = [request for request in now.fixed if self._claim(owner, request, wrong)]
         self._release(owner, before, now, wrong)
         self._say(domain.uuid, wrong)
-        if added and not _is_active(domain):
+        if added and not domain.is_active:
             # Its hook may have given back what it had before we claimed this.
             self._release(owner, Seen(frozenset(added)), Seen(), wrong)
             self._forget(domain.uuid)
 
     def _look_again(self, libvirt: Libvirt, uuid: str) -> None:
         domain = libvirt.find_or_none(uuid)
-        if domain is not None and _is_active(domain):
+        if domain is not None and domain.is_active:
             self.look(domain)
         else:
             self._forget(uuid)
@@ -204,13 +204,6 @@ class Watch:
             self._wrong[uuid] = wrong
         else:
             self._wrong.pop(uuid, None)
-
-
-def _is_active(domain: Domain) -> bool:
-    try:
-        return domain.is_active
-    except BadInput:  # it was transient, and is gone
-        return False
 
 
 def _key(request: Fixed) -> tuple[object, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from enum import StrEnum
 from functools import partial
 from typing import Any
@@ -50,9 +49,12 @@ class Domain:
 
     @property
     def is_active(self) -> bool:
-        """Whether it has a QEMU."""
-        with self._about():
-            return bool(self.handle.isActive())
+        """Whether it has a QEMU; a transient guest that has ended isn't known any more."""
+        try:
+            with self._about():
+                return bool(self.handle.isActive())
+        except BadInput:
+            return False
 
     @property
     def has_saved_state(self) -> bool:
@@ -78,9 +80,8 @@ class Domain:
             with self._about():
                 self.handle.destroy()
         except VnetLockError:
-            with suppress(BadInput):  # it was transient, and is gone
-                if self.is_active:
-                    raise
+            if self.is_active:
+                raise
 
     def attach(self, xml: str) -> None:
         """Plug a device into what runs."""
