@@ -24,19 +24,30 @@ if TYPE_CHECKING:
 
 
 class Outlook:
-    """One host, with its configuration read once; ``settings`` are tuned by it.
+    """One host, with its configuration; ``settings`` are tuned by it as it is at first.
 
-    A configuration that can't be read is an error only where one is needed.
+    A configuration that can't be read is an error only where one is needed. One that has changed by then, as
+    under a process that stays, is read again.
     """
 
     def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._read()
+        if self._config:
+            self.settings = self._config.tune(settings)
+
+    def _read(self) -> None:
         self._config: Config | None = None
         self._config_error: VnetLockError | None = None
+        self._seen = _identity(self.settings.config_path)
+        if self._seen is None:
+            return
+        from vnet_lock.config import read_config  # 10 ms, for who has a file
+
         try:
-            self._config = _read_config(settings)
+            self._config = read_config(self.settings)
         except VnetLockError as error:
             self._config_error = error
-        self.settings = self._config.tune(settings) if self._config else settings
 
     def resolve(self, requests: Iterable[Request]) -> tuple[Request, ...]:
         """With the devices that the configuration has for them, each by the name that sysfs has for it.
@@ -62,6 +73,8 @@ class Outlook:
 
     def _require_config(self) -> Config | None:
         """The configuration, None where there is none; raises what is wrong with it."""
+        if _identity(self.settings.config_path) != self._seen:
+            self._read()
         if self._config_error:
             raise self._config_error
         return self._config
@@ -111,12 +124,13 @@ class Outlook:
         return lacks_vlans(self.settings)
 
 
-def _read_config(settings: Settings) -> Config | None:
-    if not os.path.lexists(settings.config_path):
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """What changes with a file's content or rights; None where there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
         return None
-    from vnet_lock.config import read_config  # 10 ms, for who has a file
-
-    return read_config(settings)
+    return found.st_ino, found.st_size, found.st_ctime_ns
 
 
 def _backends_for(requests: Iterable[Request]) -> set[Backend]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.fake_host import FakeHost
 from tests.unit.test_hook import UUIDS, VF0, VF1, guest
-from tests.unit.test_network_hook import host, plug_of, told_of
+from tests.unit.test_network_hook import PF, host, plug_of, told_of
 from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable
 from vnet_lock.errors import BadInput, Refused
@@ -317,6 +317,22 @@ def test_what_others_hold_is_kept_out_of_libvirts_choice_as_long_as_they_do(
     assert update() == [VF0, VF1]
     ports.remove(libvirt)  # type: ignore[arg-type]
     assert network.taken == [VF1]
+
+
+def test_what_the_configuration_leaves_to_the_host_from_now_on_is_kept_out_of_libvirts_choice(
+    host: FakeHost,
+) -> None:
+    path = Path(host.settings.config_path)
+    path.parent.mkdir(parents=True)
+    path.write_text("no TOML")
+    session = Session(host.settings)
+    with pytest.raises(BadInput):
+        session.held_vfs([PciAddress.parse(VF0)])
+    for text, held in ((f'[host.vfs]\n"{PF}" = "0"\n', [VF0]), ("", [])):
+        path.write_text(text)
+        assert [pci.text for pci in session.held_vfs([PciAddress.parse(VF0)])] == held
+    path.unlink()
+    assert session.held_vfs([PciAddress.parse(VF0)]) == set()
 
 
 def test_a_port_that_only_keeps_a_vf_claims_nothing(host: FakeHost) -> None:
