@@ -33,6 +33,7 @@ class Holding:
     def claims_for(self, owner: Owner, assignment: Assignment, state: State) -> list[Claim]:
         """The claims, not yet in the table, that an assignment takes: under one token that is new."""
         token = new_token()
+        has_host_pids = processes.sees_host_pids(self._settings)
         return [
             Claim(
                 resource=item.resource,
@@ -47,6 +48,7 @@ class Holding:
                 vlan=assignment.request.vlan,
                 pf=item.pf,
                 worker=self._me if state is State.RESERVED else None,
+                has_host_pids=has_host_pids,
             )
             for item in assignment.wanted
         ]

@@ -248,7 +248,8 @@ class Claim:
     ``interface`` is the alias or netdev id for which it was made, ``since`` is seconds of the epoch.
     ``vlan`` is what the guest asked for, None where it didn't, or the record is of an older version.
     ``worker`` is the process that is changing things while the state is reserved or releasing; what is
-    reserved without one has a ``reservation``.
+    reserved without one has a ``reservation``. ``has_host_pids`` says that its processes are known by their
+    pids in the host's first pid namespace.
     """
 
     resource: Resource
@@ -265,6 +266,7 @@ class Claim:
     journal: tuple[Entry, ...] = ()
     vlan: int | None = None
     reservation: Reservation | None = None
+    has_host_pids: bool = False
 
     @property
     def is_by_hand(self) -> bool:

@@ -106,6 +106,8 @@ def encode(claim: Claim) -> bytes:
             "operation": claim.reservation.operation,
             "until_s": claim.reservation.until_s,
         }
+    if claim.has_host_pids:
+        record["has_host_pids"] = True
     data = json.dumps(record).encode() + b"\n"
     if len(data) > SIZE_LIMIT:
         raise ValueError(f"the record of {claim.resource} would be larger than {SIZE_LIMIT} bytes")
@@ -156,6 +158,7 @@ def _claim(record: Any) -> Claim:
         # Records of version 1 had none at first.
         vlan=_take(record, "vlan", int, type(None)) if "vlan" in record else None,
         reservation=_reservation(_take(record, "reservation", dict)) if "reservation" in record else None,
+        has_host_pids=_take(record, "has_host_pids", bool) if "has_host_pids" in record else False,
         journal=tuple(_entry(entry) for entry in _take(record, "journal", list)),
     )
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.fake_host import BOOT_ID, VFIO, FakeHost, build, routing_id
+from tests.fake_host import Link as SymbolicLink
 from vnet_lock.administration import Administration
 from vnet_lock.claims import ClaimTable, Writer
 from vnet_lock.combination import Backend, Policy
@@ -434,6 +435,27 @@ def test_a_claim_of_another_boot_is_healed(host: FakeHost, session: Session) -> 
     put(host, host.vfs[0], replace(qemu(WEB), boot_id="another"))
     session.heal()
     assert held(host) == {}
+
+
+def test_from_a_pid_namespace_nothing_is_proven_of_the_hosts_processes(
+    host: FakeHost, session: Session
+) -> None:
+    """A container that has the host's run directory sees none of the host's processes, dead or alive."""
+    link = Path(f"{host.settings.proc}/self/ns/pid")
+    build(host.root, {"proc/self/ns/pid": SymbolicLink("pid:[4026531836]")})
+    session.acquire(qemu(WEB), [hostdev(host.vfs[0])])
+    host.remove_process(WEB)
+    link.unlink()
+    link.symlink_to("pid:[4026532000]")
+    assert session.heal() == []
+    with pytest.raises(Refused):
+        session.acquire(qemu(DB), [hostdev(host.vfs[0])])
+    session.acquire(qemu(DB), [hostdev(host.vfs[1])])
+    host.remove_process(DB)
+    assert [one.claims[0].owner.name for one in session.heal()] == ["vm60"]
+    link.unlink()
+    link.symlink_to("pid:[4026531836]")
+    assert [one.claims[0].owner.name for one in session.heal()] == ["vm50"]
 
 
 def test_of_another_boot_nothing_is_put_back_but_files_are_removed(host: FakeHost, session: Session) -> None:

@@ -30,6 +30,8 @@ _FLOCK = struct.Struct("@hhqqi")
 # proc(5): Z is a zombie, X and x are dead. All have given their descriptors and locks back, but for a zombie
 # that has threads left: only its first one has ended.
 _DEAD_STATES = "ZXx"
+# The pid namespace that the kernel begins with (PROC_PID_INIT_INO, include/linux/proc_ns.h).
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"
 
 
 def read_boot_id(settings: Settings) -> str:
@@ -63,6 +65,14 @@ def this_process(settings: Settings) -> Process:
     if process is None:
         raise VnetLockError(f"{settings.proc} doesn't know pid {os.getpid()}; is it this pid namespace's?")
     return process
+
+
+def sees_host_pids(settings: Settings) -> bool:
+    """Whether pids are the host's own here; in another pid namespace, a container's say, few have one."""
+    try:
+        return os.readlink(f"{settings.proc}/self/ns/pid") == _FIRST_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def is_alive(settings: Settings, process: Process) -> bool:
