@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.contenders import HOST, appearance, owner_of, status, vnet_lock
+from tests.lab.daemons import newer
 from tests.lab.guest import domain_xml, kernel_words
 from tests.lab.machines import Guests, LibvirtGuest, virsh
 from tests.lab.nic import Function, Nic, run, wait_until
@@ -166,10 +167,16 @@ def test_a_start_that_is_killed_leaves_no_claim_without_a_guest(lab: Nic, guests
 
 
 @pytest.mark.parametrize("path", sorted(XML.glob("*.xml")), ids=lambda path: path.name)
-def test_libvirt_defines_every_example(lab: Nic, path: Path) -> None:
+def test_libvirt_defines_every_example(lab: Nic, path: Path, tmp_path: Path) -> None:
     del lab
-    virsh("define", str(path))
-    virsh("undefine", path.read_text().partition("<name>")[2].partition("</name>")[0])
+    example = path.read_text()
+    if newer():
+        # Which has it in its schema only.
+        example = example.replace("<backend type='passt'/>", "")
+    defined = tmp_path / path.name
+    defined.write_text(example)
+    virsh("define", str(defined))
+    virsh("undefine", example.partition("<name>")[2].partition("</name>")[0])
 
 
 @pytest.fixture

@@ -258,7 +258,10 @@ def _carrying(host: Host, pid: int) -> Iterator[None]:
     def carry() -> None:
         while not ended.wait(0.05):
             for netdev in os.listdir("/sys/class/net"):
-                home = os.path.realpath(f"/sys/class/net/{netdev}/device/physfn")
+                try:
+                    home = os.readlink(f"/sys/class/net/{netdev}/device/physfn")
+                except OSError:
+                    continue  # no VF's, or gone meanwhile
                 if home.endswith(host.pci) and netdev.startswith(host.pf):
                     argv = ["ip", "link", "set", netdev, "netns", str(pid)]
                     subprocess.run(argv, capture_output=True, check=False)

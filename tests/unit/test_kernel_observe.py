@@ -127,6 +127,19 @@ def test_a_virtio_nic_belongs_to_the_function_behind_its_virtio_device(tmp_path:
     assert inventory.nics[0].pci == PciAddress.parse("0000:00:03.0")
 
 
+def test_a_virtio_nic_that_goes_while_it_is_looked_at_is_read_as_one_without_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    host = FakeHost(tmp_path)
+    host.nic("eth0", device=Link("../../../bus/pci/devices/0000:00:03.0/virtio2"))
+
+    def gone(path: str) -> str:
+        raise FileNotFoundError(2, "No such file or directory", path)
+
+    monkeypatch.setattr("os.path.realpath", gone)
+    assert read_inventory(host.settings).nics[0].pci is None
+
+
 def test_a_usb_nic_is_no_pci_function(tmp_path: Path):
     host = FakeHost(tmp_path)
     host.nic("enx0", device=Link("../../../devices/pci0000:00/0000:00:14.0/usb1/1-2/1-2:1.0"))

@@ -279,11 +279,11 @@ def _read_virtio_netdev(base: str, names: list[str]) -> str | None:
 def _read_device_pci(base: str) -> PciAddress | None:
     """The PCI function of a network device; None where it has none of its own (USB, virtual)."""
     name = read_link_name(base + "/device")
-    if name is not None and name.startswith("virtio"):
-        name = os.path.realpath(base + "/device").split("/")[-2]
     try:
+        if name is not None and name.startswith("virtio"):
+            name = os.path.realpath(base + "/device").split("/")[-2]
         return _parse(name) if name is not None else None
-    except ValueError:
+    except (FileNotFoundError, ValueError):  # it may go while its link is followed
         return None
 
 
