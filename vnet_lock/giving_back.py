@@ -26,6 +26,8 @@ Still = Callable[[tuple[Claim, ...]], bool]
 
 _RETRY_S = 0.05
 _HEAL_WAIT_S = 0.2
+# How a command is run in init's network namespace.
+_THERE = "nsenter -t 1 -n vnet-lock gc"
 
 
 class GivingBack:
@@ -110,6 +112,10 @@ class GivingBack:
                 for claim in claims:
                     remove_files(self._settings, claim)
                 return []
+            is_here = processes.sees_host_network(self._settings)
+            if not is_here and (far := next((one for one in claims if one.has_host_network), None)):
+                what = name_of(far.resource)
+                return [f"{what} can only be given back in the host's own network namespace: {_THERE}"]
             # It would hold the device for ever.
             for entry in (one for claim in claims for one in claim.journal if isinstance(one, Keeper)):
                 end_keeper(self._settings, entry)

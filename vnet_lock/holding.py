@@ -34,6 +34,7 @@ class Holding:
         """The claims, not yet in the table, that an assignment takes: under one token that is new."""
         token = new_token()
         has_host_pids = processes.sees_host_pids(self._settings)
+        has_host_network = processes.sees_host_network(self._settings)
         return [
             Claim(
                 resource=item.resource,
@@ -49,6 +50,7 @@ class Holding:
                 pf=item.pf,
                 worker=self._me if state is State.RESERVED else None,
                 has_host_pids=has_host_pids,
+                has_host_network=has_host_network,
             )
             for item in assignment.wanted
         ]

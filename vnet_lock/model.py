@@ -249,7 +249,8 @@ class Claim:
     ``vlan`` is what the guest asked for, None where it didn't, or the record is of an older version.
     ``worker`` is the process that is changing things while the state is reserved or releasing; what is
     reserved without one has a ``reservation``. ``has_host_pids`` says that its processes are known by their
-    pids in the host's first pid namespace.
+    pids in the host's first pid namespace, ``has_host_network`` that its devices are in init's network
+    namespace.
     """
 
     resource: Resource
@@ -267,6 +268,7 @@ class Claim:
     vlan: int | None = None
     reservation: Reservation | None = None
     has_host_pids: bool = False
+    has_host_network: bool = False
 
     @property
     def is_by_hand(self) -> bool:

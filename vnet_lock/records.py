@@ -33,6 +33,9 @@ _ENTRIES = {
     cls: tuple((field.name, _TYPES[field.type]) for field in fields(cls)) for cls in get_args(journal.Entry)
 }
 
+# What stands in a record only where it is so.
+_FLAGS = ("has_host_pids", "has_host_network")
+
 # A PF stands in the claims on all its VFs.
 _pci = lru_cache(maxsize=256)(PciAddress.parse)
 
@@ -106,8 +109,7 @@ def encode(claim: Claim) -> bytes:
             "operation": claim.reservation.operation,
             "until_s": claim.reservation.until_s,
         }
-    if claim.has_host_pids:
-        record["has_host_pids"] = True
+    record |= {name: True for name in _FLAGS if getattr(claim, name)}
     data = json.dumps(record).encode() + b"\n"
     if len(data) > SIZE_LIMIT:
         raise ValueError(f"the record of {claim.resource} would be larger than {SIZE_LIMIT} bytes")
@@ -158,8 +160,8 @@ def _claim(record: Any) -> Claim:
         # Records of version 1 had none at first.
         vlan=_take(record, "vlan", int, type(None)) if "vlan" in record else None,
         reservation=_reservation(_take(record, "reservation", dict)) if "reservation" in record else None,
-        has_host_pids=_take(record, "has_host_pids", bool) if "has_host_pids" in record else False,
         journal=tuple(_entry(entry) for entry in _take(record, "journal", list)),
+        **{name: _take(record, name, bool) for name in _FLAGS if name in record},
     )
 
 

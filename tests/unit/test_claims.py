@@ -61,6 +61,7 @@ FULL = Claim(
     vlan=42,
     reservation=Reservation("migrate", 1234.5),
     has_host_pids=True,
+    has_host_network=True,
 )
 
 

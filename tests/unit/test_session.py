@@ -458,6 +458,28 @@ def test_from_a_pid_namespace_nothing_is_proven_of_the_hosts_processes(
     assert [one.claims[0].owner.name for one in session.heal()] == ["vm50"]
 
 
+def test_what_was_made_in_the_hosts_network_is_undone_there_alone(
+    host: FakeHost, session: Administration
+) -> None:
+    """In another network namespace its devices seem to be gone, so nothing of them would be undone."""
+    build(host.root, {"proc/1/ns/net": "", "proc/self/ns/net": SymbolicLink("../../1/ns/net")})
+    session.acquire(qemu(WEB), [hostdev(host.vfs[0])])
+    host.remove_process(WEB)
+    ours = Path(f"{host.settings.proc}/self/ns/net")
+    ours.unlink()
+    ours.touch()
+    assert session.heal() == []
+    with pytest.raises(
+        VnetLockError, match="can only be given back in the host's own network namespace: nsenter"
+    ):
+        session.release_resource(Resource.vf(host.vfs[0]), force=True)
+    assert held(host) == {f"vf:{host.vfs[0]}": "vm50"}
+    ours.unlink()
+    ours.symlink_to("../../1/ns/net")
+    assert session.heal()[0].failures == ()
+    assert held(host) == {}
+
+
 def test_of_another_boot_nothing_is_put_back_but_files_are_removed(host: FakeHost, session: Session) -> None:
     """The kernel that had it is gone: what is called so now is as whoever set this boot up wants it."""
     vf, path = host.vfs[0], Path(f"{host.settings.proc}/sys/{SETTING}")

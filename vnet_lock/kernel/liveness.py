@@ -5,7 +5,13 @@ Says that nobody will only on proof; reads only.
 
 from __future__ import annotations
 
-from vnet_lock.kernel.processes import is_alive, is_owner_alive, read_uptime_s, sees_host_pids
+from vnet_lock.kernel.processes import (
+    is_alive,
+    is_owner_alive,
+    read_uptime_s,
+    sees_host_network,
+    sees_host_pids,
+)
 from vnet_lock.model import Claim, Claims, Owner, State
 from vnet_lock.settings import Settings
 
@@ -16,7 +22,7 @@ class Liveness:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._owners: dict[Owner, bool] = {}
-        self._has_host_pids: bool | None = None
+        self._sees: tuple[bool, bool] | None = None
 
     def is_owner_alive(self, owner: Owner) -> bool:
         """Whether an owner may still use what it claimed."""
@@ -33,7 +39,7 @@ class Liveness:
 
     def is_stale(self, claims: tuple[Claim, ...]) -> bool:
         """Whether nobody will give one interface's claims back any more."""
-        if any(claim.has_host_pids for claim in claims) and not self._sees_host_pids():
+        if not all(map(self._can_judge, claims)):
             return False
         workers = {claim.worker for claim in claims if claim.worker}
         if any(is_alive(self._settings, worker) for worker in workers):
@@ -46,10 +52,12 @@ class Liveness:
         # Who was killed while handing over left two owners.
         return not any(self.is_owner_alive(claim.owner) for claim in claims)
 
-    def _sees_host_pids(self) -> bool:
-        if self._has_host_pids is None:
-            self._has_host_pids = sees_host_pids(self._settings)
-        return self._has_host_pids
+    def _can_judge(self, claim: Claim) -> bool:
+        """Whether its processes are seen from here, and what it has can be undone from here."""
+        if self._sees is None:
+            self._sees = sees_host_pids(self._settings), sees_host_network(self._settings)
+        sees_pids, sees_network = self._sees
+        return (sees_pids or not claim.has_host_pids) and (sees_network or not claim.has_host_network)
 
     def _is_over(self, claim: Claim) -> bool:
         """Whether no start will take what was reserved: its time is over, or its daemon is dead."""

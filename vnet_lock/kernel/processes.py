@@ -75,6 +75,16 @@ def sees_host_pids(settings: Settings) -> bool:
         return False
 
 
+def sees_host_network(settings: Settings) -> bool:
+    """Whether we are in init's network namespace; who may not look into init is taken to be."""
+    try:
+        return os.path.samefile(f"{settings.proc}/1/ns/net", f"{settings.proc}/self/ns/net")
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+
+
 def is_alive(settings: Settings, process: Process) -> bool:
     """Whether a process lives; False only on proof: gone, a zombie, or its pid another's by now."""
     try:
