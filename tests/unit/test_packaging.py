@@ -252,6 +252,8 @@ def test_a_service_is_one_that_systemd_understands_and_runs_a_command_of_ours(se
     # A name alone: systemd looks for it in /usr/local/bin, where README puts it, and in /usr/bin.
     assert (program, verb) == ("vnet-lock", service)
     assert {*words} <= options(verb, capsys) | {"serve"}
+    # Each is one for a host, and Refused where another runs: to try again would go on for ever.
+    assert f"RestartPreventExitStatus={Refused.exit_code}\n" in text
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze, which reads units")
     unit = tmp_path / f"vnet-lock-{service}.service"
