@@ -1,7 +1,7 @@
 """Decides what requests get, by what there is now: claims, devices, configuration.
 
-Where something is written for it, under the guard. What is stale and in the way is healed then, and what is
-just being given back is waited for.
+Where something is written for it, under the guard. What is stale is healed before, in the way or not: a dead
+guest's links would pile up on a device that many share. What is just being given back is waited for.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _RETRY_S = 0.05
 
 
 class Deciding:
-    """Decides about requests whose devices ``outlook`` has resolved; ``heal`` says whether it healed any."""
+    """Decides about requests whose devices ``outlook`` has resolved; ``heal`` takes an interface's token."""
 
-    def __init__(self, outlook: Outlook, table: ClaimTable, heal: Callable[[], object]) -> None:
+    def __init__(self, outlook: Outlook, table: ClaimTable, heal: Callable[[str], object]) -> None:
         self._outlook = outlook
         self._settings = outlook.settings
         self._table = table
@@ -66,13 +66,11 @@ class Deciding:
         to the host.
         """
         deadline = time.monotonic() + self._settings.busy_wait_s
-        may_heal = True
+        heals = 2  # before, and once more for what died meanwhile, or is the guest's own
         while True:
             seen = self._table.read()
-            if may_heal and any(claim.owner.boot_id != owner.boot_id for claim in seen.records):
-                # What it shared would be taken for what is there now.
-                may_heal = False
-                self._heal()
+            if heals and self._heal_stale(seen, but=owner):
+                heals -= 1
                 continue
             inventory = self._outlook.observe(requests, _needs_vlans(requests, seen))
             situation = self._outlook.situation(inventory, owner, requests)
@@ -89,12 +87,24 @@ class Deciding:
             if is_old and not is_late:
                 continue
             assert isinstance(result, Refusal)  # noqa: S101 - a plan was returned, or is too old
-            if may_heal and self._heal():
-                may_heal = False
+            if heals and self._heal_stale(claims):
+                heals -= 1
             elif is_late or not _is_being_released(result, claims):
                 raise error_of(result)
             else:
                 time.sleep(_RETRY_S)
+
+    def _heal_stale(self, claims: Claims, but: Owner | None = None) -> bool:
+        """Heal what is stale, ``but`` for what a guest itself may have still; whether there was any."""
+        stale = Liveness(self._settings).stale(claims)
+        tokens = [
+            token
+            for token, each in stale.items()
+            if but is None or not any(claim.owner.is_same_guest(but) for claim in each)
+        ]
+        for token in tokens:
+            self._heal(token)
+        return bool(tokens)
 
     def _looked_at(self, situation: Situation) -> Situation:
         """As it is for who decides nothing: without what is stale, which would be healed."""

@@ -1,6 +1,6 @@
 """What a guest gets, in the only order: observe, plan, claim, journal, change, activate; and back.
 
-A crash anywhere leaves a claim that says what to undo; the next command that meets it does.
+A crash anywhere leaves a claim that says what to undo; the next claim does.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Session:
         self._me = processes.this_process(settings)
         self._holding = Holding(settings, self.table, self._me)
         self._back = GivingBack(settings, self.table, self._me)
-        self._deciding = Deciding(self._outlook, self.table, self.heal)
+        self._deciding = Deciding(self._outlook, self.table, self._back.heal)
 
     # --- asking -------------------------------------------------------------------------------
 

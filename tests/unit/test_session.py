@@ -437,6 +437,21 @@ def test_a_claim_of_another_boot_is_healed(host: FakeHost, session: Session) -> 
     assert held(host) == {}
 
 
+def test_what_is_stale_is_healed_by_the_next_claim_on_whatever_device(
+    host: FakeHost, session: Session
+) -> None:
+    """Else what dead guests left on a device that many share would pile up."""
+    put(host, host.vfs[0], qemu(999))
+    session.acquire(qemu(WEB), [hostdev(host.vfs[1])])
+    assert held(host) == {f"vf:{host.vfs[1]}": "vm50"}
+
+
+def test_what_cannot_be_healed_keeps_no_other_claim_from_being_made(host: FakeHost, session: Session) -> None:
+    put(host, host.vfs[0], qemu(999), journal=(Driver(host.vfs[0].text, "gone-driver"),))
+    session.acquire(qemu(WEB), [hostdev(host.vfs[1])])
+    assert held(host) == {f"vf:{host.vfs[0]}": "vm999", f"vf:{host.vfs[1]}": "vm50"}
+
+
 def test_from_a_pid_namespace_nothing_is_proven_of_the_hosts_processes(
     host: FakeHost, session: Session
 ) -> None:
