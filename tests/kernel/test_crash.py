@@ -119,18 +119,16 @@ def test_a_start_killed_at_any_moment_is_healed(host, dice, net):
     line = f"{QEMU} {net},mac={MAC} {NIC}"
     span_s = measure_start(host, line)
     heal(host, "after a start that was measured")
-    seen = set()
     for number in range(ROUNDS):
         # A little beyond the end of the start; most of what can go wrong is in its second half.
         wait_s = span_s * (1.2 * dice.random() if number % 3 == 0 else 0.5 + 0.7 * dice.random())
         process = start(line)
         time.sleep(wait_s)
+        if number == ROUNDS - 1:
+            # On a machine that was quicker when it was measured nothing might be killed that matters.
+            eventually(host.claims)
         kill_all(process)
-        where = f"round {number}, killed after {wait_s:.3f} of {span_s:.3f} s"
-        seen |= {claim["state"] for claim in host.claims()} or {"none"}
-        heal(host, where)
-    # Otherwise nothing was killed that mattered.
-    assert seen - {"none"}, f"no claim in {ROUNDS} rounds"
+        heal(host, f"round {number}, killed after {wait_s:.3f} of {span_s:.3f} s")
     check_fresh_start(host, net)
 
 
