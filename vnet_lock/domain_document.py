@@ -25,20 +25,19 @@ def parse(xml: bytes, tag: str = "domain") -> Element:
     # nothing by itself.
     from xml.etree.ElementTree import ParseError, XMLParser
 
+    what = f"{'guest' if tag == 'domain' else tag} XML"
     if len(xml) > SIZE_LIMIT_BYTES:
-        raise BadInput(
-            f"guest XML: {len(xml)} bytes are more than the {SIZE_LIMIT_BYTES} that a guest may have"
-        )
+        raise BadInput(f"{what}: {len(xml)} bytes are more than the {SIZE_LIMIT_BYTES} that a guest may have")
     parser = XMLParser(target=_make_builder())  # noqa: S314
     try:
         parser.feed(xml)
         root = parser.close()
     except ParseError as error:
-        raise BadInput(f"guest XML: {error}") from error
+        raise BadInput(f"{what}: {error}") from error
     except (LookupError, ValueError) as error:  # an encoding that Python doesn't know, or expat can't take
-        raise BadInput(f"guest XML: its encoding cannot be read: {error}") from error
+        raise BadInput(f"{what}: its encoding cannot be read: {error}") from error
     if root.tag != tag:
-        raise BadInput(f"guest XML: the root is <{root.tag}>, not libvirt's <{tag}>")
+        raise BadInput(f"{what}: the root is <{root.tag}>, not libvirt's <{tag}>")
     return root
 
 

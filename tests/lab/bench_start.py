@@ -71,7 +71,7 @@ def server_of(path: str) -> tuple[str, ...]:
 
 
 def measure(nic: Nic, made: LibvirtGuest) -> dict[str, float]:
-    """Seconds with each hook, by its name; the first round is left out."""
+    """Seconds with each hook, by its name; round 0 is left out."""
     path = copied()
     ours = hook_with(OURS.read_text(encoding="utf-8"), PYTHON, path)
     hooks = {
@@ -84,8 +84,6 @@ def measure(nic: Nic, made: LibvirtGuest) -> dict[str, float]:
     with hooks_served(*server_of(path)) as server:
         _take_turns(nic, made, hooks, times_s)
         assert is_running(server), "the hook's server has ended"
-    for name, each in times_s.items():
-        print(f"{name:8}", *(f"{one:6.2f}" for one in each), file=sys.stderr, flush=True)
     return {name: statistics.median(each[1:]) for name, each in times_s.items()}
 
 
@@ -107,6 +105,8 @@ def _take_turns(
             socket.rename(place)
             times_s[name].append(start_s(nic, made))
             place.rename(socket)
+        told = (f"{name} {each[-1]:.2f}" for name, each in times_s.items())
+        print(f"round {number} of {ROUNDS}, in s:", *told, file=sys.stderr, flush=True)
 
 
 def main() -> int:

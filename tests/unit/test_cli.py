@@ -291,6 +291,16 @@ def test_a_stranger_can_be_given_a_claim_for_what_it_uses(host, run):
     assert run("status")[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("0", "0 is too few"), ("-1", "'-1' is not a number"), ("x", "'x' is not a number"),
+     ("9" * 5000, "a number of 5000 digits is too large")],
+)  # fmt: skip
+def test_a_number_that_no_pid_can_be_is_bad_usage(host, run, number, said):
+    code, _, err = run("claim", f"vf:{host.vfs[0]}", "--pid", number)
+    assert (code, f"argument --pid: {said}" in err) == (2, True)
+
+
 def test_a_process_that_is_not_there_cannot_claim(host, run):
     code, _, err = run("claim", f"vf:{host.vfs[0]}", "--pid", "50")
     assert code == 2

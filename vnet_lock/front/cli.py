@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="vnet-lock",
         description="Who uses which SR-IOV virtual function, and that no two guests use the same.",
-        epilog="Exit codes: 0 done, 1 failed, 2 bad usage or input, 3 an audit found an error, "
+        epilog="Exit status: 0 done, 1 failed, 2 bad usage or input, 3 an audit found an error, "
         "4 refused (held by another), 5 this host can't do it.",
         allow_abbrev=False,
     )
@@ -263,6 +263,8 @@ def _alias(text: str) -> str:
 def _natural(text: str) -> int:
     if not text.isascii() or not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    if len(text) > 9:  # as many digits as fit into C's int
+        raise argparse.ArgumentTypeError(f"a number of {len(text)} digits is too large")
     return int(text)
 
 
