@@ -199,6 +199,15 @@ def test_a_macvtap_on_a_guests_device_that_is_not_libvirts_stays(libvirtd: Host)
     assert is_clean(libvirtd)
 
 
+def test_a_guest_larger_than_a_pipe_starts_though_not_each_call_of_the_hook_reads_it(libvirtd: Host) -> None:
+    virsh("define", write_guest("large", direct(MAC), f"<description>{'x' * 200_000}</description>"))
+    virsh("start", "large")
+    assert owners(libvirtd) == ["large"]
+    virsh("destroy", "large")
+    assert is_clean(libvirtd)
+    assert "unable to write to child" not in Path("/var/log/libvirt/libvirtd.log").read_text()
+
+
 @pytest.mark.timeout(300)
 def test_a_guest_that_starts_with_the_daemon_has_its_device_or_is_refused(libvirtd: Host) -> None:
     virsh("define", write_guest("h", direct("52:54:00:00:00:09")))

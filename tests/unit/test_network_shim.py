@@ -13,6 +13,7 @@ from tests.unit.test_shim import SHELLS, Ended, Shim
 
 class NetworkShim(Shim):
     driver = "network"
+    unread = ("start", "started", "stopped", "new")
 
 
 @pytest.fixture(params=SHELLS)
