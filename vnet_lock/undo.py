@@ -59,9 +59,8 @@ def remove_files(settings: Settings, claim: Claim) -> None:
     """
     for entry in claim.journal:
         if isinstance(entry, SocketFile):
-            with suppress(FileNotFoundError):
-                os.unlink(entry.path)
-        elif isinstance(entry, DhcpServer):
+            _undo_entry(settings, entry)
+        elif isinstance(entry, DhcpServer):  # whose pid and start may be another process's by now
             from vnet_lock.kernel import dnsmasq
 
             dnsmasq.remove_file(settings, entry.bridge, entry.pid)
